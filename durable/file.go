@@ -1,0 +1,146 @@
+package durable
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// File is a regular file of the store that is being written. It belongs to
+// one goroutine.
+type File struct {
+	root *Root
+	rel  string
+	f    *os.File
+	off  int64
+}
+
+// CreateFile makes a new regular file, which must not exist, for writing.
+// Neither name nor contents are durable yet.
+func (r *Root) CreateFile(rel string, perm fs.FileMode) (*File, error) {
+	return r.openFile(rel, os.O_CREATE|os.O_EXCL, perm)
+}
+
+// AppendFile opens a regular file for writing at its end, making it if need
+// be.
+func (r *Root) AppendFile(rel string, perm fs.FileMode) (*File, error) {
+	return r.openFile(rel, os.O_CREATE, perm)
+}
+
+func (r *Root) openFile(rel string, flags int, perm fs.FileMode) (*File, error) {
+	if err := r.may(rel); err != nil {
+		return nil, err
+	}
+	_, serr := os.Lstat(r.Path(rel))
+	f, err := os.OpenFile(r.Path(rel), os.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC|flags, perm)
+	if err != nil {
+		return nil, kinded("open for writing", err)
+	}
+	end, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		f.Close()
+		return nil, kinded("open for writing", err)
+	}
+	if errors.Is(serr, fs.ErrNotExist) {
+		r.observe(Op{Kind: OpCreate, Path: rel})
+	}
+	return &File{root: r, rel: rel, f: f, off: end}, nil
+}
+
+// Write appends p. It implements io.Writer.
+func (f *File) Write(p []byte) (int, error) {
+	if err := f.root.Poisoned(); err != nil {
+		return 0, err
+	}
+	n, err := f.f.WriteAt(p, f.off)
+	if n > 0 {
+		f.root.observe(Op{Kind: OpWrite, Path: f.rel, Off: f.off, Data: p[:n]})
+	}
+	f.off += int64(n)
+	if err != nil {
+		return n, kinded("write", err)
+	}
+	return n, nil
+}
+
+// ReadAt reads what was written, durable or not. It implements io.ReaderAt.
+func (f *File) ReadAt(p []byte, off int64) (int, error) { return f.f.ReadAt(p, off) }
+
+// Size returns the number of bytes written so far.
+func (f *File) Size() int64 { return f.off }
+
+// Truncate cuts the file to size bytes; later writes go on from there.
+func (f *File) Truncate(size int64) error {
+	if err := f.root.Poisoned(); err != nil {
+		return err
+	}
+	if err := f.f.Truncate(size); err != nil {
+		return kinded("truncate", err)
+	}
+	f.off = size
+	f.root.observe(Op{Kind: OpResize, Path: f.rel, Off: size})
+	return nil
+}
+
+// Sync makes contents and size durable, not the name. A failure poisons the
+// root.
+func (f *File) Sync() error {
+	if err := f.root.Poisoned(); err != nil {
+		return err
+	}
+	if err := f.f.Sync(); err != nil {
+		return f.root.failedSync(f.rel, err)
+	}
+	f.root.observe(Op{Kind: OpSync, Path: f.rel})
+	return nil
+}
+
+// Close closes the file without syncing it.
+func (f *File) Close() error { return f.f.Close() }
+
+var tempCounter atomic.Uint64
+
+// tempName returns a name beside rel that no other caller uses. The prefix
+// says to recovery that whatever carries it was never published.
+func tempName(rel string) string {
+	n := strconv.FormatUint(tempCounter.Add(1), 36)
+	return filepath.Join(filepath.Dir(rel), TempPrefix+strconv.Itoa(os.Getpid())+"-"+n+"-"+filepath.Base(rel))
+}
+
+// TempPrefix begins the name of every file that [Root.WriteFile] has not yet
+// published.
+const TempPrefix = ".tmp-"
+
+// WriteFile makes data the whole contents of rel, in place of what was there.
+// After nil name and contents are durable; after an error or a power cut the
+// file has its old contents, or is absent if it had none.
+func (r *Root) WriteFile(rel string, data []byte, perm fs.FileMode) error {
+	tmp := tempName(rel)
+	f, err := r.CreateFile(tmp, perm)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil && cerr != nil {
+		err = kinded("close", cerr)
+	}
+	if err != nil {
+		os.Remove(r.Path(tmp))
+		return err
+	}
+	if err := os.Rename(r.Path(tmp), r.Path(rel)); err != nil {
+		os.Remove(r.Path(tmp))
+		return kinded("replace file", err)
+	}
+	r.observe(Op{Kind: OpRename, Path: tmp, To: rel})
+	return r.SyncDirs(filepath.Dir(rel))
+}
