@@ -1,0 +1,89 @@
+package layout
+
+// Severity says what a broken invariant costs.
+type Severity string
+
+// The severities, worst first.
+const (
+	Loss   Severity = "loss"   // data that was acknowledged is gone or wrong
+	Damage Severity = "damage" // wrong, and can be made right from what is there
+	Leak   Severity = "leak"   // space that nothing accounts for
+	Notice Severity = "notice" // worth knowing, nothing is wrong
+)
+
+// Level says how much a check reads.
+type Level string
+
+// The levels; each includes the ones before.
+const (
+	Quick  Level = "quick"  // the database and the names of directories
+	Normal Level = "normal" // sizes, chains, edges, manifests
+	Deep   Level = "deep"   // every byte and every attribute
+)
+
+// Invariant is a sentence that holds for every store at every moment at which
+// no operation is under way, and after recovery from any crash.
+type Invariant struct {
+	ID       string
+	Severity Severity
+	Level    Level
+	Holds    string // the sentence
+	Repair   string // what makes it hold again
+}
+
+// Invariants returns the law, in the order in which it is checked.
+func Invariants() []Invariant {
+	return []Invariant{
+		{"M1", Loss, Quick, "Every value in the database carries the CRC-32C of its key and bytes, and decodes.", "rebuild the record from blobs, file manifests and the derived copy"},
+		{"M2", Loss, Quick, "The database has every bucket, and a store record whose format is known.", "rebuild the database"},
+		{"M3", Damage, Quick, "Every key parses as what its bucket holds.", "drop the record"},
+
+		{"B1", Loss, Quick, "A recorded blob stands at blobs/sha256/<first two digits>/<digest> as a regular file.", "make it again from a layer, or fetch it from an origin"},
+		{"B2", Loss, Quick, "A recorded blob's file has the recorded size.", "as B1, the bad file to quarantine"},
+		{"B3", Loss, Deep, "A recorded blob's bytes have its digest.", "as B1, the bad file to quarantine"},
+		{"B4", Leak, Quick, "A file below blobs is named by a record, a sweep or an intent.", "to the trash"},
+		{"B5", Damage, Normal, "A blob's file is writable by nobody (mode 0444).", "set the mode"},
+
+		{"L1", Loss, Quick, "A recorded layer stands at layers/<id>/fs as a directory.", "unpack it again from its blob"},
+		{"L2", Leak, Quick, "A directory in layers is named by a record, a sweep or an intent.", "to the trash"},
+		{"L3", Loss, Normal, "A recorded layer's file manifest is a recorded blob and decodes.", "walk the tree, or unpack it again"},
+		{"L4", Loss, Deep, "A layer's tree equals its file manifest: type, mode, owner, time, size, xattrs, link target, hardlinks, device and content of every file; nothing more and nothing less.", "replace the file from the layer's blob or from another layer with the same content"},
+		{"L5", Damage, Normal, "A layer key names a recorded layer whose record has that key, and every layer with a key is named by it.", "write the index again"},
+		{"L6", Damage, Normal, "A layer's recorded size and inodes are those of its file manifest.", "compute them again"},
+
+		{"S1", Loss, Quick, "A snapshot's parent is a recorded committed snapshot, and following parents ends.", "none: the chain is lost below"},
+		{"S2", Loss, Quick, "A committed snapshot names a recorded layer.", "unpack the layer again"},
+		{"S3", Loss, Quick, "An active snapshot has its directory active/<id> with fs and work.", "make them anew, empty: what was written there is lost"},
+		{"S4", Notice, Quick, "A directory in active is named by a snapshot, a sweep or an intent.", "adopt it: it holds users' data and is never garbage"},
+
+		{"I1", Loss, Quick, "An image's target is a recorded blob.", "fetch it from an origin"},
+		{"I2", Loss, Normal, "The config and layers of a recorded manifest are recorded blobs or, for layers, unpacked layers; the manifests of an index are recorded or were never fetched.", "fetch them from an origin"},
+		{"I3", Damage, Normal, "An image's manifest that was unpacked refers to a snapshot whose chain has its DiffIDs in order.", "drop the reference: it is unpacked again when needed"},
+
+		{"E1", Damage, Quick, "Every edge is stored both child first and parent first.", "write the missing half"},
+		{"E2", Loss, Quick, "Both ends of an edge exist.", "drop the edge if the parent is gone; if the child is, as its own invariant says"},
+		{"E3", Damage, Normal, "The edges are those that the records call for: no record's edge is missing.", "write the missing edge"},
+		{"E4", Leak, Normal, "What is not a root has a reference.", "drop it, its files to the trash"},
+
+		{"T1", Leak, Quick, "An entry in trash is named by a sweep.", "delete it"},
+		{"T2", Damage, Quick, "A sweep names a path inside the store that no record names.", "drop the sweep"},
+		{"G1", Leak, Quick, "staging holds only directories of this boot while the store is open, and nothing when it is closed.", "to the trash, once no record names them"},
+		{"G2", Loss, Quick, "No recorded layer stands only in staging.", "rename it into place after a deep check"},
+		{"J1", Damage, Quick, "No intent is open when the store is closed.", "open the store: recovery carries it out"},
+		{"N1", Damage, Quick, "An ingest holds only data and info, and info decodes.", "drop the ingest: its download starts again"},
+		{"C1", Loss, Quick, "A container's record has its directory and its snapshot.", "none for a lost snapshot; the directory is made from the record"},
+		{"C2", Notice, Quick, "A directory in containers is named by a record.", "adopt it: it holds logs and an exit code"},
+		{"K1", Damage, Normal, "A cache record's result is a committed snapshot, its alias a cache key that exists or was evicted, and its place by last use is that of the record.", "drop the record: the step runs again"},
+		{"R1", Damage, Quick, "The root holds only the names of this format.", "none: look what it is"},
+	}
+}
+
+// FindInvariant returns the invariant with this number.
+func FindInvariant(id string) (Invariant, bool) {
+	for _, inv := range Invariants() {
+		if inv.ID == id {
+			return inv, true
+		}
+	}
+	return Invariant{}, false
+}

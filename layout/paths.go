@@ -1,0 +1,88 @@
+package layout
+
+import (
+	"fmt"
+	"path"
+)
+
+// Names in the root of a store.
+const (
+	DatabaseFile  = "varve.db"
+	BlobsDir      = "blobs"
+	IngestDir     = "ingest"
+	LayersDir     = "layers"
+	ActiveDir     = "active"
+	StagingDir    = "staging"
+	ContainersDir = "containers"
+	VolumesDir    = "volumes"
+	CacheMountDir = "cachemounts"
+	TrashDir      = "trash"
+)
+
+// Dir is a directory that every store has from its creation on.
+type Dir struct {
+	Path    string
+	Perm    uint32
+	Meaning string
+}
+
+// Dirs returns every directory that creation makes, parents first. The 256
+// shards of blobs are among them, so that publishing a blob never makes a
+// directory.
+func Dirs() []Dir {
+	dirs := []Dir{
+		{BlobsDir, 0o711, "blobs by digest, read-only"},
+		{BlobsDir + "/sha256", 0o711, "one shard for each first byte of the digest"},
+		{IngestDir, 0o700, "unfinished blobs, resumable"},
+		{LayersDir, 0o711, "committed layer trees, each an overlay lower directory"},
+		{ActiveDir, 0o711, "writable layers of containers and build steps"},
+		{StagingDir, 0o700, "layer trees being unpacked, by boot"},
+		{ContainersDir, 0o711, "configuration, logs and exit records of containers"},
+		{VolumesDir, 0o711, "users' volumes"},
+		{CacheMountDir, 0o711, "contents of RUN --mount=type=cache"},
+		{TrashDir, 0o700, "renamed away, deleted in the background"},
+	}
+	for i := range 256 {
+		dirs = append(dirs, Dir{fmt.Sprintf("%s/sha256/%02x", BlobsDir, i), 0o711, ""})
+	}
+	return dirs
+}
+
+// BlobPath is where the blob with this digest stands.
+func BlobPath(d BlobDigest) string {
+	hex := d.Hex()
+	return path.Join(BlobsDir, "sha256", hex[:2], hex)
+}
+
+// IngestPath is the directory of an unfinished blob; see [IngestData] and
+// [IngestInfo].
+func IngestPath(id IngestID) string { return path.Join(IngestDir, string(id)) }
+
+// Files of an ingest.
+const (
+	IngestData = "data" // the bytes so far
+	IngestInfo = "info" // an [IngestRecord]
+)
+
+// LayerPath is the directory of a committed layer; its tree is [TreeDir].
+func LayerPath(id LayerID) string { return path.Join(LayersDir, string(id)) }
+
+// Directories of a layer or an active snapshot.
+const (
+	TreeDir = "fs"   // the tree: an overlay lower or upper directory
+	WorkDir = "work" // overlay's work directory, beside an upper one
+)
+
+// ActivePath is the directory of a writable layer. Its id becomes the
+// LayerID when it is committed.
+func ActivePath(id LayerID) string { return path.Join(ActiveDir, string(id)) }
+
+// StagingPath is where the layer id is unpacked during the boot with the given
+// id (/proc/sys/kernel/random/boot_id).
+func StagingPath(boot string, id LayerID) string { return path.Join(StagingDir, boot, string(id)) }
+
+// ContainerPath is the directory of a container.
+func ContainerPath(id ContainerID) string { return path.Join(ContainersDir, string(id)) }
+
+// TrashPath is where something with a sweep row waits to be deleted.
+func TrashPath(id string) string { return path.Join(TrashDir, id) }

@@ -1,0 +1,204 @@
+package layout
+
+import (
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// FormatVersion is the number of the on-disk format that this code writes. A
+// store with a higher number is refused; one with a lower is migrated.
+const FormatVersion = 1
+
+// Buckets of the database. All are top-level; keys are text.
+const (
+	BucketMeta       = "meta"       // [MetaRecord] under the key "store"
+	BucketBlobs      = "blobs"      // BlobDigest → [BlobRecord]
+	BucketLayers     = "layers"     // LayerID → [LayerRecord]
+	BucketLayerKeys  = "layerkeys"  // "diff:"+DiffID or "chain:"+ChainID → LayerID
+	BucketSnapshots  = "snapshots"  // SnapshotKey → [SnapshotRecord]
+	BucketImages     = "images"     // name → [ImageRecord]
+	BucketContainers = "containers" // ContainerID → [ContainerRecord]
+	BucketLeases     = "leases"     // LeaseID → [LeaseRecord]
+	BucketCache      = "cache"      // cache key → [CacheRecord]
+	BucketCacheByUse = "cachebyuse" // big-endian last use in ns + cache key → empty
+	BucketEdges      = "edges"      // child, kind, parent → empty
+	BucketEdgesBack  = "edgesback"  // parent, kind, child → empty
+	BucketIntents    = "intents"    // IntentID → [IntentRecord]
+	BucketSweeps     = "sweeps"     // trash id → [SweepRecord]
+)
+
+// Buckets lists every bucket, for creation and for the check.
+func Buckets() []string {
+	return []string{
+		BucketMeta, BucketBlobs, BucketLayers, BucketLayerKeys, BucketSnapshots,
+		BucketImages, BucketContainers, BucketLeases, BucketCache,
+		BucketCacheByUse, BucketEdges, BucketEdgesBack, BucketIntents, BucketSweeps,
+	}
+}
+
+// MetaKey is the one key of BucketMeta.
+const MetaKey = "store"
+
+// MetaRecord says what the store is.
+type MetaRecord struct {
+	Format  int       `json:"format"`
+	ID      string    `json:"id"` // random, for this store
+	Created time.Time `json:"created"`
+}
+
+// BlobRecord stands for a blob that is durable at [BlobPath].
+type BlobRecord struct {
+	Size    int64             `json:"size"`
+	Created time.Time         `json:"created"`
+	Updated time.Time         `json:"updated"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	// Origins are repositories ("registry/name") that served the blob and
+	// may serve it again, the newest last.
+	Origins []string `json:"origins,omitempty"`
+}
+
+// LayerRecord stands for a tree that is durable and complete at [LayerPath].
+type LayerRecord struct {
+	// DiffID of the tar stream the tree was unpacked from; empty for a
+	// tree that was committed and never exported.
+	DiffID DiffID `json:"diffID,omitempty"`
+	// ChainID is set when the tree took attributes or contents from its
+	// parents while it was unpacked, and so belongs to that chain alone.
+	ChainID  ChainID    `json:"chainID,omitempty"`
+	Manifest BlobDigest `json:"manifest"` // what the tree must hold, file by file
+	Size     int64      `json:"size"`     // bytes of disk the tree takes
+	Inodes   int64      `json:"inodes"`
+	Created  time.Time  `json:"created"`
+}
+
+// SnapshotKind tells what may be done with a snapshot.
+type SnapshotKind string
+
+// The kinds of snapshot, as containerd has them.
+const (
+	SnapshotView      SnapshotKind = "view"      // read-only, no directory of its own
+	SnapshotActive    SnapshotKind = "active"    // writable, at ActivePath
+	SnapshotCommitted SnapshotKind = "committed" // immutable, a layer's tree
+)
+
+// SnapshotRecord is a named place in a tree of layers.
+type SnapshotRecord struct {
+	Kind    SnapshotKind      `json:"kind"`
+	Parent  SnapshotKey       `json:"parent,omitempty"` // a committed snapshot
+	Layer   LayerID           `json:"layer,omitempty"`  // its tree: committed at LayerPath, active at ActivePath
+	Created time.Time         `json:"created"`
+	Updated time.Time         `json:"updated"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	Size    int64             `json:"size,omitempty"`   // committed: as the layer's
+	Inodes  int64             `json:"inodes,omitempty"` // committed: as the layer's
+}
+
+// ImageRecord is a name that points to a manifest or an index.
+type ImageRecord struct {
+	Target  ocispec.Descriptor `json:"target"`
+	Created time.Time          `json:"created"`
+	Updated time.Time          `json:"updated"`
+	Labels  map[string]string  `json:"labels,omitempty"`
+}
+
+// ContainerRecord is a container whose directory is [ContainerPath].
+type ContainerRecord struct {
+	Name     string      `json:"name"`
+	Image    string      `json:"image"`
+	Snapshot SnapshotKey `json:"snapshot"`
+	Created  time.Time   `json:"created"`
+}
+
+// LeaseRecord holds what an operation under way has found or made, by edges
+// from it. A lease without expiry ends with the process that owns the store.
+type LeaseRecord struct {
+	Purpose string            `json:"purpose"`
+	Created time.Time         `json:"created"`
+	Expires time.Time         `json:"expires,omitzero"`
+	Labels  map[string]string `json:"labels,omitempty"`
+}
+
+// CacheRecord is what the builder knows under one key.
+type CacheRecord struct {
+	// Alias is the key under which the same result is stored; the rest is
+	// empty then.
+	Alias string `json:"alias,omitempty"`
+	// Snapshot is the result: a committed snapshot, one for each output of
+	// the step.
+	Snapshots []SnapshotKey `json:"snapshots,omitempty"`
+	Size      int64         `json:"size"`
+	Created   time.Time     `json:"created"`
+	LastUse   time.Time     `json:"lastUse"`
+	Uses      int64         `json:"uses"`
+	// Description is for people: the step's name in the Dockerfile.
+	Description string `json:"description,omitempty"`
+}
+
+// IngestRecord is the file [IngestInfo] of an unfinished blob. It is not
+// synced: an ingest without it, or with a torn one, starts again.
+type IngestRecord struct {
+	Ref      string            `json:"ref"`
+	Expected BlobDigest        `json:"expected,omitempty"`
+	Total    int64             `json:"total,omitempty"` // bytes; 0 when unknown
+	Started  time.Time         `json:"started"`
+	Labels   map[string]string `json:"labels,omitempty"`
+}
+
+// IntentRecord is a publication that is decided and may be half carried out.
+// Everything it names is durable under its From name; recovery finishes it.
+type IntentRecord struct {
+	Created   time.Time      `json:"created"`
+	Purpose   string         `json:"purpose"` // for people: "pull debian:12"
+	Blobs     []BlobMove     `json:"blobs,omitempty"`
+	Layers    []LayerMove    `json:"layers,omitempty"`
+	Snapshots []SnapshotMake `json:"snapshots,omitempty"`
+	Images    []ImageMake    `json:"images,omitempty"`
+	Cache     []CacheMake    `json:"cache,omitempty"`
+	Edges     []Edge         `json:"edges,omitempty"`
+	// Gone are snapshot keys that cease to be: an active one that became
+	// the committed one.
+	Gone []SnapshotKey `json:"gone,omitempty"`
+}
+
+// BlobMove takes the file From (in an ingest or staging folder) to its digest.
+type BlobMove struct {
+	Digest BlobDigest `json:"digest"`
+	From   string     `json:"from"`
+	Record BlobRecord `json:"record"`
+}
+
+// LayerMove takes the directory From, which holds [TreeDir], to [LayerPath].
+type LayerMove struct {
+	ID     LayerID     `json:"id"`
+	From   string      `json:"from"`
+	Record LayerRecord `json:"record"`
+}
+
+// SnapshotMake records a snapshot.
+type SnapshotMake struct {
+	Key    SnapshotKey    `json:"key"`
+	Record SnapshotRecord `json:"record"`
+}
+
+// ImageMake gives a name to an image, in place of what had it.
+type ImageMake struct {
+	Name   string      `json:"name"`
+	Record ImageRecord `json:"record"`
+}
+
+// CacheMake stores a cache record under Key.
+type CacheMake struct {
+	Key    string      `json:"key"`
+	Record CacheRecord `json:"record"`
+}
+
+// SweepRecord is something whose record is gone and whose files have yet to
+// go. Claimed is set, in a transaction of its own, before the files are
+// renamed to the trash; until then a publication may take a blob back.
+type SweepRecord struct {
+	Path    string    `json:"path"` // where the files stood, relative to the root
+	Node    Node      `json:"node"`
+	Claimed bool      `json:"claimed"`
+	Created time.Time `json:"created"`
+}
