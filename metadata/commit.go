@@ -1,0 +1,147 @@
+package metadata
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"syscall"
+
+	bolt "go.etcd.io/bbolt"
+
+	"varve.dev/errdefs"
+)
+
+// update is one caller's wish in the queue of the commit loop.
+type update struct {
+	fn   func(*Tx) error
+	err  error
+	done chan struct{}
+}
+
+// maxGroup bounds the updates of one commit, and with them its dirty pages.
+const maxGroup = 256
+
+// Update runs fn in a read-write transaction. After nil its changes are
+// durable; after an error of fn none of them took place. fn may run more than
+// once, when another update of the same commit failed: it must not keep what
+// it computed in an earlier run, and does no I/O. ctx is looked at before the
+// update is queued, not after: from then on it is carried out.
+func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
+	if err := db.root.Poisoned(); err != nil {
+		return err
+	}
+	u := &update{fn: fn, done: make(chan struct{})}
+	select {
+	case db.queue <- u:
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-db.closing:
+		return fmt.Errorf("the store is being closed: %w", errdefs.ErrUnavailable)
+	}
+	<-u.done
+	return u.err
+}
+
+// commitLoop is the only writer. While it commits one group the next gathers.
+func (db *DB) commitLoop() {
+	defer db.done.Done()
+	defer faulting()()
+	for {
+		select {
+		case first := <-db.queue:
+			db.commitGroup(db.gather(first))
+		case <-db.closing:
+			return
+		}
+	}
+}
+
+func (db *DB) gather(first *update) []*update {
+	group := []*update{first}
+	for len(group) < maxGroup {
+		select {
+		case u := <-db.queue:
+			group = append(group, u)
+		default:
+			return group
+		}
+	}
+	return group
+}
+
+// commitGroup commits what it can of the group, and answers everybody.
+func (db *DB) commitGroup(group []*update) {
+	for len(group) > 0 {
+		failed, err := db.tryCommit(group)
+		if failed < 0 {
+			for _, u := range group {
+				u.err = err
+				close(u.done)
+			}
+			return
+		}
+		// One of them failed by itself; the others have not happened
+		// yet and are tried again without it.
+		group[failed].err = err
+		close(group[failed].done)
+		group = append(group[:failed:failed], group[failed+1:]...)
+	}
+}
+
+// tryCommit runs all of the group in one transaction. It returns the index of
+// an update that failed, or -1 and what became of all of them.
+func (db *DB) tryCommit(group []*update) (failed int, err error) {
+	failed = -1
+	err = db.protect(func() error {
+		return db.bolt.Update(func(tx *bolt.Tx) error {
+			for i, u := range group {
+				if err := db.protect(func() error { return u.fn(&Tx{bolt: tx}) }); err != nil {
+					failed = i
+					return err
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil && failed < 0 {
+		return failed, db.commitFailed(err)
+	}
+	if err == nil {
+		db.commits.add(len(group))
+	}
+	return failed, err
+}
+
+func (db *DB) protect(fn func() error) (err error) {
+	defer catch(&err)
+	return fn()
+}
+
+// commitFailed decides what a commit that did not succeed means. A database
+// that could not grow for want of space wrote nothing that counts and may be
+// tried again; after anything else nobody knows what the disk holds.
+func (db *DB) commitFailed(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("commit to %s: %w: %w", db.bolt.Path(), err, errdefs.ErrResourceExhausted)
+	}
+	if errdefs.AsCorrupt(err) != nil {
+		return err
+	}
+	db.root.Poison(fmt.Errorf("commit to %s: %w", db.bolt.Path(), err))
+	return db.root.Poisoned()
+}
+
+// commitCounter counts for benchmarks: they explain times by commits.
+type commitCounter struct{ commits, updates atomic.Int64 }
+
+func (c *commitCounter) add(updates int) {
+	c.commits.Add(1)
+	c.updates.Add(int64(updates))
+}
+
+// Commits returns how many transactions were committed since Open, and how
+// many updates they carried.
+func (db *DB) Commits() (commits, updates int64) {
+	return db.commits.commits.Load(), db.commits.updates.Load()
+}

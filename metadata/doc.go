@@ -1,0 +1,26 @@
+// Package metadata is the one bbolt database of a store, with typed
+// transactions over the records and reference edges of package layout.
+//
+// Owns varve.db. It must not know what the records mean to the packages above
+// it, and does no file I/O but bbolt's own: what covers both database and
+// files is package journal.
+//
+// Invariants kept here: M1 to M3 (every value checksummed, every bucket there,
+// keys that parse), E1 (edges in both directions), L5 (the layer index), and,
+// for what [Tx.Unlink] leaves unreferenced, E4: it goes in the same
+// transaction, with a sweep row for its files.
+//
+// Concurrency: any number of views beside one commit. Updates from many
+// goroutines that arrive while a commit is being written share the next one,
+// so thirty-two callers pay for a few syncs, not for thirty-two; each still
+// gets its own error, and an update that fails takes nothing of the others
+// with it.
+//
+// Crash story: bbolt's commit is atomic and synced, and NoSync is never set.
+// The database is created under a temporary name and published. A commit
+// whose sync failed poisons the store's durable.Root. Damage in a page shows
+// as a panic or a memory fault inside bbolt: both are caught at the
+// transaction and come back as errdefs.Corrupt.
+//
+// Start reading at db.go, then tx.go, then refs.go.
+package metadata

@@ -1,0 +1,208 @@
+package metadata
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"time"
+
+	"varve.dev/errdefs"
+	"varve.dev/layout"
+)
+
+// Link stores an edge, in both directions. One that exists is no error, so
+// that carrying out an intent twice changes nothing.
+func (tx *Tx) Link(e layout.Edge) error {
+	for _, n := range []layout.Node{e.Parent, e.Child} {
+		if err := layout.CheckName("node", string(n)); err != nil {
+			return err
+		}
+	}
+	if err := tx.bolt.Bucket([]byte(layout.BucketEdges)).Put(e.Key(), nil); err != nil {
+		return err
+	}
+	return tx.bolt.Bucket([]byte(layout.BucketEdgesBack)).Put(e.BackKey(), nil)
+}
+
+// Unlink takes an edge away, and then its child if nothing refers to it any
+// more: its record, its own edges, and so on below, each with a sweep row for
+// its files. The cost follows what is freed.
+func (tx *Tx) Unlink(e layout.Edge) error {
+	if err := tx.cut(e); err != nil {
+		return err
+	}
+	return tx.Collect(e.Child)
+}
+
+// cut removes both directions of an edge.
+func (tx *Tx) cut(e layout.Edge) error {
+	if err := tx.bolt.Bucket([]byte(layout.BucketEdges)).Delete(e.Key()); err != nil {
+		return err
+	}
+	return tx.bolt.Bucket([]byte(layout.BucketEdgesBack)).Delete(e.BackKey())
+}
+
+// Referenced tells whether any edge ends at n.
+func (tx *Tx) Referenced(n layout.Node) bool {
+	prefix := layout.NodePrefix(n)
+	k, _ := tx.bolt.Bucket([]byte(layout.BucketEdges)).Cursor().Seek(prefix)
+	return k != nil && bytes.HasPrefix(k, prefix)
+}
+
+// Parents returns the edges that end at n.
+func (tx *Tx) Parents(n layout.Node) ([]layout.Edge, error) {
+	return tx.edges(layout.BucketEdges, n, layout.ParseEdge)
+}
+
+// Children returns the edges that begin at n.
+func (tx *Tx) Children(n layout.Node) ([]layout.Edge, error) {
+	return tx.edges(layout.BucketEdgesBack, n, layout.ParseBackEdge)
+}
+
+func (tx *Tx) edges(bucket string, n layout.Node, parse func([]byte) (layout.Edge, error)) ([]layout.Edge, error) {
+	var out []layout.Edge
+	prefix := layout.NodePrefix(n)
+	c := tx.bolt.Bucket([]byte(bucket)).Cursor()
+	for k, _ := c.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, _ = c.Next() {
+		e, err := parse(k)
+		if err != nil {
+			return nil, &errdefs.Corrupt{Invariant: "M3", Object: "bucket " + bucket, Detail: err.Error()}
+		}
+		out = append(out, e)
+	}
+	return out, nil
+}
+
+// Drop removes n, a root or not, whatever refers to it, with its edges, and
+// collects what only it held. What is not there is no error.
+func (tx *Tx) Drop(n layout.Node) error {
+	parents, err := tx.Parents(n)
+	if err != nil {
+		return err
+	}
+	for _, e := range parents {
+		if err := tx.cut(e); err != nil {
+			return err
+		}
+	}
+	return tx.free(n)
+}
+
+// Collect removes n if it is no root and nothing refers to it.
+func (tx *Tx) Collect(n layout.Node) error {
+	if n.Root() || tx.Referenced(n) {
+		return nil
+	}
+	return tx.free(n)
+}
+
+// free removes n and everything that becomes unreferenced by that, without
+// recursion: a chain may be hundreds of snapshots long.
+func (tx *Tx) free(n layout.Node) error {
+	todo := []layout.Node{n}
+	for len(todo) > 0 {
+		n := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		children, err := tx.Children(n)
+		if err != nil {
+			return err
+		}
+		if err := tx.erase(n); err != nil {
+			return err
+		}
+		for _, e := range children {
+			if err := tx.cut(e); err != nil {
+				return err
+			}
+			if !e.Child.Root() && !tx.Referenced(e.Child) {
+				todo = append(todo, e.Child)
+			}
+		}
+	}
+	return nil
+}
+
+// erase deletes the record of n and queues its files.
+func (tx *Tx) erase(n layout.Node) error {
+	kind, id := n.Split()
+	switch kind {
+	case layout.KindBlob:
+		return tx.eraseBlob(layout.BlobDigest(id))
+	case layout.KindLayer:
+		return tx.eraseLayer(layout.LayerID(id))
+	case layout.KindSnapshot:
+		return tx.eraseSnapshot(layout.SnapshotKey(id))
+	case layout.KindImage:
+		return tx.Images().Delete(id)
+	case layout.KindContainer:
+		return tx.eraseContainer(layout.ContainerID(id))
+	case layout.KindLease:
+		return tx.Leases().Delete(layout.LeaseID(id))
+	case layout.KindIntent:
+		return tx.Intents().Delete(layout.IntentID(id))
+	case layout.KindCache:
+		return tx.eraseCache(id)
+	case layout.KindAPI:
+		return nil
+	}
+	return fmt.Errorf("node %q has an unknown kind: %w", n, errdefs.ErrInternal)
+}
+
+func (tx *Tx) eraseBlob(d layout.BlobDigest) error {
+	if !tx.Blobs().Has(d) {
+		return nil
+	}
+	if err := tx.Blobs().Delete(d); err != nil {
+		return err
+	}
+	return tx.Sweep(layout.BlobNode(d), layout.BlobPath(d))
+}
+
+func (tx *Tx) eraseLayer(id layout.LayerID) error {
+	rec, err := tx.Layers().Get(id)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := tx.dropLayerKey(id, rec); err != nil {
+		return err
+	}
+	if err := tx.Layers().Delete(id); err != nil {
+		return err
+	}
+	return tx.Sweep(layout.LayerNode(id), layout.LayerPath(id))
+}
+
+func (tx *Tx) eraseSnapshot(key layout.SnapshotKey) error {
+	rec, err := tx.Snapshots().Get(key)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := tx.Snapshots().Delete(key); err != nil {
+		return err
+	}
+	if rec.Kind != layout.SnapshotActive {
+		return nil // a layer's tree goes with the layer
+	}
+	return tx.Sweep(layout.SnapshotNode(key), layout.ActivePath(rec.Layer))
+}
+
+func (tx *Tx) eraseContainer(id layout.ContainerID) error {
+	if !tx.Containers().Has(id) {
+		return nil
+	}
+	if err := tx.Containers().Delete(id); err != nil {
+		return err
+	}
+	return tx.Sweep(layout.ContainerNode(id), layout.ContainerPath(id))
+}
+
+// Sweep queues the files at path for the trash.
+func (tx *Tx) Sweep(n layout.Node, path string) error {
+	return tx.Sweeps().Put(layout.NewID(), layout.SweepRecord{Path: path, Node: n, Created: time.Now().UTC()})
+}

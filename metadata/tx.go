@@ -1,0 +1,144 @@
+package metadata
+
+import (
+	"bytes"
+	"fmt"
+
+	bolt "go.etcd.io/bbolt"
+
+	"varve.dev/errdefs"
+	"varve.dev/layout"
+)
+
+// Tx is a transaction, valid only in the function it was handed to.
+type Tx struct{ bolt *bolt.Tx }
+
+// Table gives typed access to one bucket. R is a record of package layout.
+type Table[K ~string, R any] struct {
+	bucket *bolt.Bucket
+	name   string
+}
+
+func table[K ~string, R any](tx *Tx, bucket string) Table[K, R] {
+	return Table[K, R]{bucket: tx.bolt.Bucket([]byte(bucket)), name: bucket}
+}
+
+// The tables.
+func (tx *Tx) Blobs() Table[layout.BlobDigest, layout.BlobRecord] {
+	return table[layout.BlobDigest, layout.BlobRecord](tx, layout.BucketBlobs)
+}
+
+// Layers may be read here; [Tx.PutLayer] writes them, with their index.
+func (tx *Tx) Layers() Table[layout.LayerID, layout.LayerRecord] {
+	return table[layout.LayerID, layout.LayerRecord](tx, layout.BucketLayers)
+}
+
+func (tx *Tx) Snapshots() Table[layout.SnapshotKey, layout.SnapshotRecord] {
+	return table[layout.SnapshotKey, layout.SnapshotRecord](tx, layout.BucketSnapshots)
+}
+
+func (tx *Tx) Images() Table[string, layout.ImageRecord] {
+	return table[string, layout.ImageRecord](tx, layout.BucketImages)
+}
+
+func (tx *Tx) Containers() Table[layout.ContainerID, layout.ContainerRecord] {
+	return table[layout.ContainerID, layout.ContainerRecord](tx, layout.BucketContainers)
+}
+
+func (tx *Tx) Leases() Table[layout.LeaseID, layout.LeaseRecord] {
+	return table[layout.LeaseID, layout.LeaseRecord](tx, layout.BucketLeases)
+}
+
+func (tx *Tx) Intents() Table[layout.IntentID, layout.IntentRecord] {
+	return table[layout.IntentID, layout.IntentRecord](tx, layout.BucketIntents)
+}
+
+func (tx *Tx) Sweeps() Table[string, layout.SweepRecord] {
+	return table[string, layout.SweepRecord](tx, layout.BucketSweeps)
+}
+
+func (tx *Tx) layerKeys() Table[string, layout.LayerID] {
+	return table[string, layout.LayerID](tx, layout.BucketLayerKeys)
+}
+
+// Get returns the record under key. Errors: ErrNotFound, Corrupt (M1).
+func (t Table[K, R]) Get(key K) (R, error) {
+	var rec R
+	value := t.bucket.Get([]byte(key))
+	if value == nil {
+		return rec, fmt.Errorf("%s %q: %w", t.name, string(key), errdefs.ErrNotFound)
+	}
+	err := layout.Decode(t.name, string(key), value, &rec)
+	return rec, err
+}
+
+// Has tells whether there is a record under key.
+func (t Table[K, R]) Has(key K) bool { return t.bucket.Get([]byte(key)) != nil }
+
+// Put stores the record under key, in place of what was there.
+func (t Table[K, R]) Put(key K, rec R) error {
+	if err := layout.CheckName("key in "+t.name, string(key)); err != nil {
+		return err
+	}
+	value, err := layout.Encode(string(key), rec)
+	if err != nil {
+		return err
+	}
+	return t.bucket.Put([]byte(key), value)
+}
+
+// Delete takes the record under key away; one that is not there is no error.
+// Its edges are the caller's: see [Tx.Drop] for a record with all it holds.
+func (t Table[K, R]) Delete(key K) error { return t.bucket.Delete([]byte(key)) }
+
+// Each calls fn for every record whose key begins with prefix, in the order
+// of keys, until fn returns an error. fn must not change the table.
+func (t Table[K, R]) Each(prefix string, fn func(K, R) error) error {
+	c := t.bucket.Cursor()
+	for k, v := c.Seek([]byte(prefix)); k != nil && bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
+		var rec R
+		if err := layout.Decode(t.name, string(k), v, &rec); err != nil {
+			return err
+		}
+		if err := fn(K(k), rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// PutLayer stores a layer's record and its place in the index (L5). A layer
+// that has the same key already keeps it: the caller finds that one with
+// [Tx.LayerByKey] first.
+func (tx *Tx) PutLayer(id layout.LayerID, rec layout.LayerRecord) error {
+	if err := tx.Layers().Put(id, rec); err != nil {
+		return err
+	}
+	if key := rec.Key(); key != "" && !tx.layerKeys().Has(key) {
+		return tx.layerKeys().Put(key, id)
+	}
+	return nil
+}
+
+// LayerByKey returns the layer with this key (layout.DiffKey, layout.ChainKey).
+// Errors: ErrNotFound, Corrupt.
+func (tx *Tx) LayerByKey(key string) (layout.LayerID, layout.LayerRecord, error) {
+	id, err := tx.layerKeys().Get(key)
+	if err != nil {
+		return "", layout.LayerRecord{}, err
+	}
+	rec, err := tx.Layers().Get(id)
+	return id, rec, err
+}
+
+// dropLayerKey takes the layer's place in the index away, if it has it.
+func (tx *Tx) dropLayerKey(id layout.LayerID, rec layout.LayerRecord) error {
+	key := rec.Key()
+	if key == "" {
+		return nil
+	}
+	if holder, err := tx.layerKeys().Get(key); err != nil || holder != id {
+		return nil
+	}
+	return tx.layerKeys().Delete(key)
+}
