@@ -2,6 +2,8 @@ package durable
 
 import (
 	"os"
+	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,8 +27,11 @@ const barrierWindow = 1000
 // before it are durable with it, and the flush it ends with covers the data.
 // Elsewhere Wait is one syncfs. docs/design/0001-order-of-writes.md has the
 // proof per file system.
+//
+// Add may be called from many goroutines; Wait comes after the last of them.
 type Barrier struct {
 	root *Root
+	mu   sync.Mutex // guards the rest; never held during I/O
 	open []*os.File
 	err  error
 }
@@ -38,30 +43,48 @@ func (r *Root) NewBarrier() *Barrier { return &Barrier{root: r} }
 // back. It closes f, now or later. The first error is kept and returned by
 // Wait as well.
 func (b *Barrier) Add(f *os.File) error {
-	if b.err != nil || !b.root.ordered() {
+	if err := b.failure(); err != nil || !b.root.ordered() {
 		// Without an ordered journal Wait is one syncfs. A failure of
 		// write-back is then reported by that syncfs, not by this file.
-		if err := f.Close(); err != nil && b.err == nil {
-			b.err = kinded("close", err)
+		if cerr := f.Close(); cerr != nil && err == nil {
+			err = b.fail(f.Name(), cerr)
 		}
-		return b.err
+		return err
 	}
 	if err := unix.SyncFileRange(int(f.Fd()), 0, 0, unix.SYNC_FILE_RANGE_WRITE); err != nil {
-		b.open = append(b.open, f)
+		f.Close()
 		return b.fail(f.Name(), err)
 	}
-	b.open = append(b.open, f)
-	if len(b.open) >= barrierWindow {
-		// The oldest have had the longest time to get written.
-		return b.drain(barrierWindow / 2)
-	}
-	return nil
+	return b.settle(b.keep(f))
 }
 
-// drain waits for the n oldest files and closes them.
-func (b *Barrier) drain(n int) error {
+// keep remembers f and returns the files to wait for now: when the window is
+// full, its older half, which has had the longest time to get written.
+func (b *Barrier) keep(f *os.File) []*os.File {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open = append(b.open, f)
+	if len(b.open) < barrierWindow {
+		return nil
+	}
+	due := slices.Clone(b.open[:barrierWindow/2])
+	b.open = append(b.open[:0], b.open[barrierWindow/2:]...)
+	return due
+}
+
+// take empties the window.
+func (b *Barrier) take() []*os.File {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	all := b.open
+	b.open = nil
+	return all
+}
+
+// settle waits until the files are written back and closes them.
+func (b *Barrier) settle(files []*os.File) error {
 	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-	for _, f := range b.open[:n] {
+	for _, f := range files {
 		if err := unix.SyncFileRange(int(f.Fd()), 0, 0, all); err != nil {
 			b.fail(f.Name(), err)
 		}
@@ -69,13 +92,21 @@ func (b *Barrier) drain(n int) error {
 			b.fail(f.Name(), err)
 		}
 	}
-	b.open = append(b.open[:0], b.open[n:]...)
+	return b.failure()
+}
+
+func (b *Barrier) failure() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	return b.err
 }
 
 func (b *Barrier) fail(name string, err error) error {
+	err = b.root.failedSync(name, err)
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if b.err == nil {
-		b.err = b.root.failedSync(name, err)
+		b.err = err
 	}
 	return b.err
 }
@@ -83,10 +114,9 @@ func (b *Barrier) fail(name string, err error) error {
 // Abandon closes what is open without waiting for it. The barrier cannot be
 // used again.
 func (b *Barrier) Abandon() {
-	for _, f := range b.open {
+	for _, f := range b.take() {
 		f.Close()
 	}
-	b.open = nil
 }
 
 // Wait returns nil when the contents of every added file, and every name and
@@ -98,11 +128,8 @@ func (b *Barrier) Wait(covers ...string) error {
 		b.Abandon()
 		return err
 	}
-	if err := b.drain(len(b.open)); err != nil {
+	if err := b.settle(b.take()); err != nil {
 		return err
-	}
-	if b.err != nil {
-		return b.err
 	}
 	var err error
 	if b.root.ordered() {
@@ -113,9 +140,29 @@ func (b *Barrier) Wait(covers ...string) error {
 	if err != nil {
 		return b.fail(MarkerName, err)
 	}
-	for _, c := range covers {
-		b.root.observe(Op{Kind: OpBarrier, Path: c})
+	b.root.observeCovered(OpBarrier, covers)
+	return nil
+}
+
+func (r *Root) observeCovered(kind OpKind, names []string) {
+	for _, n := range names {
+		r.observe(Op{Kind: kind, Path: n})
 	}
+}
+
+// SyncNames makes the names in all of the directories durable, with one flush
+// where the file system has an ordered journal. A failure poisons the root.
+func (r *Root) SyncNames(rels ...string) error {
+	if !r.ordered() || len(rels) < 2 {
+		return r.SyncDirs(rels...)
+	}
+	if err := r.may(rels...); err != nil {
+		return err
+	}
+	if err := r.forceJournal(); err != nil {
+		return r.failedSync(MarkerName, err)
+	}
+	r.observeCovered(OpSyncDir, rels)
 	return nil
 }
 
@@ -131,6 +178,8 @@ func (r *Root) ordered() bool {
 
 // forceJournal dirties the marker and fsyncs it.
 func (r *Root) forceJournal() error {
+	r.marker.Lock()
+	defer r.marker.Unlock()
 	f, err := os.OpenFile(r.Path(MarkerName), os.O_WRONLY|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err

@@ -101,6 +101,18 @@ func (f *File) Sync() error {
 	return nil
 }
 
+// Seal ends the writing of a file that will not change again: it gets the
+// mode perm and goes to the barrier, whose Wait makes it durable. The File
+// must not be used afterwards.
+func (f *File) Seal(b *Barrier, perm fs.FileMode) error {
+	if err := f.f.Chmod(perm); err != nil {
+		f.f.Close()
+		return kinded("seal", err)
+	}
+	f.root.observe(Op{Kind: OpSetattr, Path: f.rel})
+	return b.Add(f.f)
+}
+
 // Close closes the file without syncing it.
 func (f *File) Close() error { return f.f.Close() }
 

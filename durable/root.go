@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +20,7 @@ type Root struct {
 	path     string
 	dir      *os.File
 	fsType   int64
+	marker   sync.Mutex // one writer of the barrier's marker at a time
 	poison   atomic.Pointer[error]
 	observer atomic.Pointer[Observer]
 }

@@ -65,7 +65,7 @@ func Invariants() []Invariant {
 		{"E3", Damage, Normal, "The edges are those that the records call for: no record's edge is missing.", "write the missing edge"},
 		{"E4", Leak, Normal, "What is not a root has a reference.", "drop it, its files to the trash"},
 
-		{"T1", Leak, Quick, "An entry in trash is named by a sweep.", "delete it"},
+		{"T1", Leak, Quick, "An entry in trash is named by a sweep, or the store is closed and opening it deletes the entry.", "delete it"},
 		{"T2", Damage, Quick, "A sweep names a path inside the store that no record names.", "drop the sweep"},
 		{"G1", Leak, Quick, "staging holds only directories of this boot while the store is open, and nothing when it is closed.", "to the trash, once no record names them"},
 		{"G2", Loss, Quick, "No recorded layer stands only in staging.", "rename it into place after a deep check"},

@@ -41,8 +41,8 @@ const (
 	PointPublishSynced   = "publish.synced"
 	PointPublishRecorded = "publish.recorded"
 
-	PointActiveRecorded = "active.recorded"
 	PointActiveMade     = "active.made"
+	PointActiveRecorded = "active.recorded"
 
 	PointSweepRecorded = "sweep.recorded"
 	PointSweepClaimed  = "sweep.claimed"
@@ -79,8 +79,8 @@ func Transitions() []Transition {
 		{"T-P6", "publish", "an intent, all renamed and durable", Forward, "the records are written, the intent dropped", PointPublishSynced},
 		{"T-P7", "publish", "records, no intent", Stay, "the operation may be acknowledged", PointPublishRecorded},
 
-		{"T-A1", "prepare", "an active snapshot's record without its directory", Forward, "the directory is made, empty: nothing was written there yet", PointActiveRecorded},
-		{"T-A2", "prepare", "record and directory", Stay, "none", PointActiveMade},
+		{"T-A1", "prepare", "active/<id> without a record, its tree empty", Back, "it is removed; one whose tree holds anything is adopted, not removed", PointActiveMade},
+		{"T-A2", "prepare", "record and directory", Stay, "none", PointActiveRecorded},
 
 		{"T-R1", "remove", "a sweep, the files where they stood", Forward, "the sweep is claimed and the files renamed to the trash, unless a record or intent names them again", PointSweepRecorded},
 		{"T-R2", "remove", "a claimed sweep, the files where they stood", Forward, "the files are renamed to the trash", PointSweepClaimed},
