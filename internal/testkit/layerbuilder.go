@@ -76,7 +76,12 @@ func (b *LayerBuilder) Symlink(name, target string, attrs ...Attr) {
 	b.entry(tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777}, nil, attrs)
 }
 
+// Mode sets the permission bits, for entries whose method takes none.
+func Mode(mode int64) Attr { return func(h *tar.Header) { h.Mode = mode } }
+
 // Hardlink adds another name for target, a path from the root of the image.
+// Unpackers differ in whether the header's owner, mode and time are applied to
+// the shared inode: attrs should repeat what the target has, as tar(1) does.
 func (b *LayerBuilder) Hardlink(name, target string, attrs ...Attr) {
 	b.entry(tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: target, Mode: 0o644}, nil, attrs)
 }
