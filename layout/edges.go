@@ -14,6 +14,7 @@ type Node string
 const (
 	KindBlob      = "blob"
 	KindLayer     = "layer"
+	KindActive    = "active" // the directory of a writable layer; it has no record of its own
 	KindSnapshot  = "snapshot"
 	KindImage     = "image"
 	KindContainer = "container"
@@ -26,6 +27,7 @@ const (
 // Constructors of nodes.
 func BlobNode(d BlobDigest) Node       { return Node(KindBlob + ":" + string(d)) }
 func LayerNode(id LayerID) Node        { return Node(KindLayer + ":" + string(id)) }
+func ActiveNode(id LayerID) Node       { return Node(KindActive + ":" + string(id)) }
 func SnapshotNode(k SnapshotKey) Node  { return Node(KindSnapshot + ":" + string(k)) }
 func ImageNode(name string) Node       { return Node(KindImage + ":" + name) }
 func ContainerNode(c ContainerID) Node { return Node(KindContainer + ":" + string(c)) }
@@ -59,7 +61,7 @@ const (
 	RelContent  = "content"  // index → manifest, manifest → config and layer blobs
 	RelUnpacked = "unpacked" // manifest blob → the snapshot of its whole chain
 	RelParent   = "parent"   // snapshot → the snapshot below it
-	RelTree     = "tree"     // committed or active snapshot → layer
+	RelTree     = "tree"     // committed snapshot → layer, active snapshot → its directory (KindActive)
 	RelFiles    = "files"    // layer → its file manifest blob
 	RelHolds    = "holds"    // lease, intent or api → anything
 	RelRootfs   = "rootfs"   // container → its active snapshot

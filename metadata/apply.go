@@ -123,7 +123,7 @@ func (tx *Tx) applySnapshots(in layout.IntentRecord, twins map[layout.LayerID]la
 	return nil
 }
 
-// PutSnapshot stores a snapshot's record with its edges to parent and layer.
+// PutSnapshot stores a snapshot's record with its edges to parent and tree.
 func (tx *Tx) PutSnapshot(key layout.SnapshotKey, rec layout.SnapshotRecord) error {
 	if err := tx.Snapshots().Put(key, rec); err != nil {
 		return err
@@ -135,12 +135,14 @@ func (tx *Tx) PutSnapshot(key layout.SnapshotKey, rec layout.SnapshotRecord) err
 			return err
 		}
 	}
-	if rec.Kind != layout.SnapshotCommitted {
+	tree := layout.LayerNode(rec.Layer)
+	switch rec.Kind {
+	case layout.SnapshotView:
 		return nil
+	case layout.SnapshotActive:
+		tree = layout.ActiveNode(rec.Layer)
 	}
-	return tx.Link(layout.Edge{
-		Parent: layout.SnapshotNode(key), Rel: layout.RelTree, Child: layout.LayerNode(rec.Layer),
-	})
+	return tx.Link(layout.Edge{Parent: layout.SnapshotNode(key), Rel: layout.RelTree, Child: tree})
 }
 
 // forgetActive removes the record of an active snapshot whose directory has

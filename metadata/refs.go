@@ -130,8 +130,10 @@ func (tx *Tx) erase(n layout.Node) error {
 		return tx.eraseBlob(layout.BlobDigest(id))
 	case layout.KindLayer:
 		return tx.eraseLayer(layout.LayerID(id))
+	case layout.KindActive:
+		return tx.Sweep(n, layout.ActivePath(layout.LayerID(id)))
 	case layout.KindSnapshot:
-		return tx.eraseSnapshot(layout.SnapshotKey(id))
+		return tx.Snapshots().Delete(layout.SnapshotKey(id))
 	case layout.KindImage:
 		return tx.Images().Delete(id)
 	case layout.KindContainer:
@@ -175,23 +177,6 @@ func (tx *Tx) eraseLayer(id layout.LayerID) error {
 	return tx.Sweep(layout.LayerNode(id), layout.LayerPath(id))
 }
 
-func (tx *Tx) eraseSnapshot(key layout.SnapshotKey) error {
-	rec, err := tx.Snapshots().Get(key)
-	if errors.Is(err, errdefs.ErrNotFound) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err := tx.Snapshots().Delete(key); err != nil {
-		return err
-	}
-	if rec.Kind != layout.SnapshotActive {
-		return nil // a layer's tree goes with the layer
-	}
-	return tx.Sweep(layout.SnapshotNode(key), layout.ActivePath(rec.Layer))
-}
-
 func (tx *Tx) eraseContainer(id layout.ContainerID) error {
 	if !tx.Containers().Has(id) {
 		return nil
@@ -205,4 +190,27 @@ func (tx *Tx) eraseContainer(id layout.ContainerID) error {
 // Sweep queues the files at path for the trash.
 func (tx *Tx) Sweep(n layout.Node, path string) error {
 	return tx.Sweeps().Put(layout.NewID(), layout.SweepRecord{Path: path, Node: n, Created: time.Now().UTC()})
+}
+
+// Exists tells whether n has a record. The directory of a writable layer
+// exists while its snapshot does; the api root exists always.
+func (tx *Tx) Exists(n layout.Node) bool {
+	kind, id := n.Split()
+	if kind == layout.KindActive {
+		return tx.Referenced(n)
+	}
+	bucket, ok := map[string]string{
+		layout.KindBlob:      layout.BucketBlobs,
+		layout.KindLayer:     layout.BucketLayers,
+		layout.KindSnapshot:  layout.BucketSnapshots,
+		layout.KindImage:     layout.BucketImages,
+		layout.KindContainer: layout.BucketContainers,
+		layout.KindLease:     layout.BucketLeases,
+		layout.KindCache:     layout.BucketCache,
+		layout.KindIntent:    layout.BucketIntents,
+	}[kind]
+	if !ok {
+		return kind == layout.KindAPI
+	}
+	return tx.bolt.Bucket([]byte(bucket)).Get([]byte(id)) != nil
 }

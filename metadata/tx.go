@@ -142,3 +142,9 @@ func (tx *Tx) dropLayerKey(id layout.LayerID, rec layout.LayerRecord) error {
 	}
 	return tx.layerKeys().Delete(key)
 }
+
+// Empty tells whether the table has no records.
+func (t Table[K, R]) Empty() bool {
+	k, _ := t.bucket.Cursor().First()
+	return k == nil
+}

@@ -1,0 +1,222 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"time"
+
+	"varve.dev/errdefs"
+	"varve.dev/layout"
+	"varve.dev/metadata"
+)
+
+// Recovery says what [Open] found and did.
+type Recovery struct {
+	Finished  []string // purposes of intents that were carried out
+	Discarded int      // trees in staging that nobody had finished
+	Emptied   int      // entries of the trash that were deleted
+	Leases    int      // leases of operations that died
+	// Adopted are directories in active that no record names and that hold
+	// something. They stay.
+	Adopted []string
+	// Stranded are recorded layers whose tree stands in staging (G2). They
+	// stay; fsck reports them.
+	Stranded []string
+}
+
+// recover brings the store into a state in which no operation is under way.
+// Nobody else has it open, so whatever looks unfinished is.
+func (j *Journal) recover(ctx context.Context) (Recovery, error) {
+	var found Recovery
+	for _, step := range []func(context.Context, *Recovery) error{
+		j.finishIntents, j.emptyStaging, j.checkActive, j.emptyTrash, j.endLeases,
+	} {
+		if err := step(ctx, &found); err != nil {
+			return found, err
+		}
+	}
+	return found, nil
+}
+
+func (j *Journal) finishIntents(ctx context.Context, found *Recovery) error {
+	open := map[layout.IntentID]layout.IntentRecord{}
+	err := j.db.View(ctx, func(tx *metadata.Tx) error {
+		return tx.Intents().Each("", func(id layout.IntentID, in layout.IntentRecord) error {
+			open[id] = in
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	for id, in := range open {
+		if err := j.carryOut(id, in); err != nil {
+			return fmt.Errorf("intent %s (%s): %w", id, in.Purpose, err)
+		}
+		found.Finished = append(found.Finished, in.Purpose)
+	}
+	return nil
+}
+
+// emptyStaging moves what nobody finished to the trash. A tree that a record
+// names and that is missing from layers stays where it is: the order of writes
+// makes that impossible, so whatever brought it about may be wrong about the
+// rest too.
+func (j *Journal) emptyStaging(ctx context.Context, found *Recovery) error {
+	boots, err := os.ReadDir(j.root.Path(layout.StagingDir))
+	if err != nil {
+		return missing(err)
+	}
+	for _, boot := range boots {
+		dir := path.Join(layout.StagingDir, boot.Name())
+		trees, err := os.ReadDir(j.root.Path(dir))
+		if err != nil {
+			return missing(err)
+		}
+		stranded := false
+		for _, tree := range trees {
+			rel := path.Join(dir, tree.Name())
+			if j.isStranded(ctx, layout.LayerID(tree.Name())) {
+				found.Stranded = append(found.Stranded, rel)
+				stranded = true
+				continue
+			}
+			if err := j.root.Rename(rel, layout.TrashPath(layout.NewID())); err != nil {
+				return err
+			}
+			found.Discarded++
+		}
+		if !stranded && boot.Name() != j.boot {
+			if err := j.root.Remove(dir); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (j *Journal) isStranded(ctx context.Context, id layout.LayerID) bool {
+	recorded := false
+	_ = j.db.View(ctx, func(tx *metadata.Tx) error {
+		recorded = tx.Layers().Has(id)
+		return nil
+	})
+	if !recorded {
+		return false
+	}
+	_, err := os.Lstat(j.root.Path(layout.LayerPath(id)))
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+// checkActive removes writable layers that were made and never recorded, if
+// nothing was written into them.
+func (j *Journal) checkActive(ctx context.Context, found *Recovery) error {
+	dirs, err := os.ReadDir(j.root.Path(layout.ActiveDir))
+	if err != nil || len(dirs) == 0 {
+		return missing(err)
+	}
+	named := map[string]bool{}
+	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		for _, d := range dirs {
+			node := layout.ActiveNode(layout.LayerID(d.Name()))
+			if tx.Referenced(node) {
+				named[d.Name()] = true
+			}
+		}
+		return tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
+			named[path.Base(s.Path)] = true
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		if named[d.Name()] {
+			continue
+		}
+		rel := layout.ActivePath(layout.LayerID(d.Name()))
+		if !isEmptyTree(j.root.Path(path.Join(rel, layout.TreeDir))) {
+			found.Adopted = append(found.Adopted, rel)
+			continue
+		}
+		if err := j.root.Rename(rel, layout.TrashPath(layout.NewID())); err != nil {
+			return err
+		}
+		found.Discarded++
+	}
+	return nil
+}
+
+func isEmptyTree(dir string) bool {
+	entries, err := os.ReadDir(dir)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0
+}
+
+// emptyTrash deletes what has no row. What has one is the sweeper's.
+func (j *Journal) emptyTrash(ctx context.Context, found *Recovery) error {
+	entries, err := os.ReadDir(j.root.Path(layout.TrashDir))
+	if err != nil {
+		return missing(err)
+	}
+	var orphans []string
+	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		for _, e := range entries {
+			if !tx.Sweeps().Has(e.Name()) {
+				orphans = append(orphans, e.Name())
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, name := range orphans {
+		if err := j.root.RemoveAll(layout.TrashPath(name)); err != nil {
+			return err
+		}
+		found.Emptied++
+	}
+	return nil
+}
+
+// endLeases drops the leases of processes that are gone, and those whose time
+// is up.
+func (j *Journal) endLeases(ctx context.Context, found *Recovery) error {
+	var over []layout.LeaseID
+	now := time.Now()
+	collect := func(tx *metadata.Tx) error {
+		over = over[:0]
+		return tx.Leases().Each("", func(id layout.LeaseID, l layout.LeaseRecord) error {
+			if l.Expires.IsZero() || now.After(l.Expires) {
+				over = append(over, id)
+			}
+			return nil
+		})
+	}
+	if err := j.db.View(ctx, collect); err != nil || len(over) == 0 {
+		return err
+	}
+	found.Leases = len(over)
+	return j.db.Update(ctx, func(tx *metadata.Tx) error {
+		for _, id := range over {
+			if err := tx.Drop(layout.LeaseNode(id)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// missing makes a directory that is not there the same as an empty one: a
+// store whose creation was cut short.
+func missing(err error) error {
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+}

@@ -1,0 +1,199 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"time"
+
+	"varve.dev/durable"
+	"varve.dev/errdefs"
+	"varve.dev/layout"
+	"varve.dev/metadata"
+)
+
+// sweepBatch is how many removals share the transactions of one round.
+const sweepBatch = 256
+
+// retrySweep is the pause after a round that failed.
+const retrySweep = 5 * time.Second
+
+// Kick wakes the sweeper: there may be something to delete.
+func (j *Journal) Kick() {
+	j.mu.Lock()
+	j.idle = false
+	j.mu.Unlock()
+	select {
+	case j.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Drain waits until everything that was removed before the call is deleted,
+// or ctx ends.
+func (j *Journal) Drain(ctx context.Context) error {
+	j.Kick()
+	for {
+		j.mu.Lock()
+		idle, round := j.idle, j.swept
+		j.mu.Unlock()
+		if idle {
+			return nil
+		}
+		select {
+		case <-round:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// sweepRound returns a channel that closes when the sweeper has ended a round
+// that began after the call, or the one under way.
+func (j *Journal) sweepRound() <-chan struct{} {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.swept
+}
+
+func (j *Journal) sweepLoop(ctx context.Context) {
+	defer j.stopped.Done()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-j.kick:
+		}
+		for more := true; more && ctx.Err() == nil; {
+			n, err := j.sweepSome(ctx)
+			more = n > 0 && err == nil
+			j.endRound(!more && err == nil)
+			if err != nil && j.root.Poisoned() == nil {
+				time.AfterFunc(retrySweep, j.Kick)
+			}
+		}
+	}
+}
+
+func (j *Journal) endRound(idle bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	// A kick that came during the round wants another one.
+	j.idle = idle && len(j.kick) == 0
+	close(j.swept)
+	j.swept = make(chan struct{})
+}
+
+// sweepSome carries out up to sweepBatch removals and returns how many.
+func (j *Journal) sweepSome(ctx context.Context) (int, error) {
+	rows, err := j.claim(ctx)
+	if err != nil || len(rows) == 0 {
+		return 0, err
+	}
+	durable.At(layout.PointSweepClaimed)
+	if err := j.toTrash(rows); err != nil {
+		return 0, err
+	}
+	durable.At(layout.PointSweepTrashed)
+	var done []string
+	for id := range rows {
+		if ctx.Err() != nil {
+			break
+		}
+		if err := j.root.RemoveAll(layout.TrashPath(id)); err != nil {
+			continue // stays in the trash with its row; the next owner tries again
+		}
+		done = append(done, id)
+	}
+	durable.At(layout.PointSweepDeleted)
+	err = j.db.Update(context.Background(), func(tx *metadata.Tx) error {
+		for _, id := range done {
+			if err := tx.Sweeps().Delete(id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return len(done), err
+}
+
+// claim takes the next rows for deletion. A row whose files something names
+// again is dropped.
+func (j *Journal) claim(ctx context.Context) (map[string]layout.SweepRecord, error) {
+	var rows map[string]layout.SweepRecord
+	if empty, err := j.nothingToSweep(ctx); empty || err != nil {
+		return nil, err
+	}
+	err := j.db.Update(ctx, func(tx *metadata.Tx) error {
+		rows = map[string]layout.SweepRecord{}
+		wanted, err := wantedByIntents(tx)
+		if err != nil {
+			return err
+		}
+		var drop []string
+		stop := errors.New("enough")
+		err = tx.Sweeps().Each("", func(id string, s layout.SweepRecord) error {
+			if !s.Claimed && (tx.Exists(s.Node) || wanted[s.Node]) {
+				drop = append(drop, id)
+				return nil
+			}
+			rows[id] = s
+			if len(rows) == sweepBatch {
+				return stop
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, stop) {
+			return err
+		}
+		for _, id := range drop {
+			if err := tx.Sweeps().Delete(id); err != nil {
+				return err
+			}
+		}
+		for id, s := range rows {
+			s.Claimed = true
+			if err := tx.Sweeps().Put(id, s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return rows, err
+}
+
+// nothingToSweep spares an idle store the transaction.
+func (j *Journal) nothingToSweep(ctx context.Context) (bool, error) {
+	empty := true
+	err := j.db.View(ctx, func(tx *metadata.Tx) error {
+		empty = tx.Sweeps().Empty()
+		return nil
+	})
+	return empty, err
+}
+
+// wantedByIntents names the blobs that open intents are about to record.
+func wantedByIntents(tx *metadata.Tx) (map[layout.Node]bool, error) {
+	wanted := map[layout.Node]bool{}
+	err := tx.Intents().Each("", func(_ layout.IntentID, in layout.IntentRecord) error {
+		for _, m := range in.Blobs {
+			wanted[layout.BlobNode(m.Digest)] = true
+		}
+		return nil
+	})
+	return wanted, err
+}
+
+// toTrash renames the files of claimed rows, and makes that durable.
+func (j *Journal) toTrash(rows map[string]layout.SweepRecord) error {
+	changed := []string{layout.TrashDir}
+	for id, s := range rows {
+		err := j.root.Rename(s.Path, layout.TrashPath(id))
+		if err != nil && !errors.Is(err, errdefs.ErrNotFound) && !errors.Is(err, errdefs.ErrAlreadyExists) {
+			return fmt.Errorf("sweep %s: %w", s.Node, err)
+		}
+		changed = append(changed, path.Dir(s.Path))
+	}
+	return j.root.SyncNames(unique(changed)...)
+}
