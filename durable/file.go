@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -111,6 +112,25 @@ func (f *File) Seal(b *Barrier, perm fs.FileMode) error {
 	}
 	f.root.observe(Op{Kind: OpSetattr, Path: f.rel})
 	return b.Add(f.f)
+}
+
+// SetModTime sets the file's modification time to t, and the access time too.
+func (f *File) SetModTime(t time.Time) error {
+	ts := []unix.Timespec{unix.NsecToTimespec(t.UnixNano()), unix.NsecToTimespec(t.UnixNano())}
+	if err := unix.UtimesNanoAt(int(f.f.Fd()), "", ts, unix.AT_EMPTY_PATH); err != nil {
+		return kinded("set time", err)
+	}
+	f.root.observe(Op{Kind: OpSetattr, Path: f.rel})
+	return nil
+}
+
+// ModTime returns the file's modification time.
+func (f *File) ModTime() (time.Time, error) {
+	fi, err := f.f.Stat()
+	if err != nil {
+		return time.Time{}, kinded("stat", err)
+	}
+	return fi.ModTime(), nil
 }
 
 // Close closes the file without syncing it.
