@@ -1,0 +1,49 @@
+# varve: two targets do everything on a fresh Debian machine with Go:
+# `make demo` and `make test`. Both install what they need.
+
+GO      ?= go
+TAGS    := seccomp
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X varve.dev/internal/version.Version=$(VERSION)
+GOBUILD := CGO_ENABLED=1 $(GO) build -trimpath -tags $(TAGS) -ldflags "$(LDFLAGS)"
+GOTEST  := CGO_ENABLED=1 $(GO) test -tags $(TAGS)
+
+# What the build, the tests and the demo need from Debian.
+PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
+            docker-registry e2fsprogs xfsprogs btrfs-progs fuse3 iproute2 crun
+
+.PHONY: all build deps demo test test-race lint powercut crash clean
+
+all: build
+
+# bin/varve is the command, bin/varve-runtime the small shim and init.
+build: deps
+	$(GOBUILD) -o bin/ ./cmd/varve ./cmd/varve-runtime
+
+# Installs the packages that are missing; does nothing, and needs no network,
+# when none is.
+deps:
+	@scripts/install-packages $(PACKAGES)
+
+# A real Debian image from a Dockerfile, run and checked, on a store of its own.
+demo: build
+	scripts/demo
+
+test: build
+	REQUIRE_ROOT=$${REQUIRE_ROOT:-$$(test "$$(id -u)" = 0 && echo 1)} $(GOTEST) -timeout 12m ./...
+
+# The race detector over the packages that share memory between goroutines.
+test-race: deps
+	$(GOTEST) -race -timeout 20m ./durable/... ./metadata/... ./journal/... ./content/... ./snapshotter/... ./layer/... ./fsck/...
+
+lint: deps
+	$(GO) vet -tags $(TAGS) ./...
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
+
+# Campaigns: minutes to hours, with a short seeded run of each in `test`.
+# make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1
+powercut: deps
+	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v ./internal/powercut/...
+
+clean:
+	rm -rf bin
