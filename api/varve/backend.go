@@ -1,0 +1,254 @@
+package varve
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"time"
+)
+
+// Backend is what the command needs of a store. Errors are of the kinds of
+// package errdefs, on both sides of a socket.
+type Backend interface {
+	Images
+	Builder
+	Containers
+
+	Info(ctx context.Context) (Info, error)
+	// Fsck checks the store while it is in use.
+	Fsck(ctx context.Context, req FsckRequest, progress func(Event)) (FsckReport, error)
+}
+
+// Images is what can be done with images. progress may be nil; it is called
+// from one goroutine at a time and must not block for long.
+type Images interface {
+	Pull(ctx context.Context, req PullRequest, progress func(Event)) (ImageSummary, error)
+	Push(ctx context.Context, req PushRequest, progress func(Event)) (PushResult, error)
+	// Load reads an OCI layout or a docker archive, as a tar stream.
+	Load(ctx context.Context, archive io.Reader, progress func(Event)) ([]ImageSummary, error)
+	// Save writes a tar stream of the images named.
+	Save(ctx context.Context, req SaveRequest, w io.Writer) error
+	Tag(ctx context.Context, req TagRequest) error
+	List(ctx context.Context) ([]ImageSummary, error)
+	Remove(ctx context.Context, req RemoveRequest) (RemoveResult, error)
+	// Inspect returns the image in docker's JSON.
+	Inspect(ctx context.Context, name string) (json.RawMessage, error)
+	History(ctx context.Context, name string) ([]HistoryEntry, error)
+}
+
+// Builder builds images.
+type Builder interface {
+	// Build runs a Dockerfile over a build context. See [BuildContext].
+	Build(ctx context.Context, req BuildRequest, context BuildContext, progress func(Event)) (BuildResult, error)
+}
+
+// Containers makes and removes what a shim runs.
+type Containers interface {
+	Create(ctx context.Context, req CreateRequest, progress func(Event)) (Container, error)
+	// RemoveContainer removes a container that is not running.
+	RemoveContainer(ctx context.Context, id string) error
+}
+
+// BuildContext is the files that a build may read: a directory of this host,
+// or a tar stream of one.
+type BuildContext struct {
+	Dir string
+	Tar io.Reader
+}
+
+// Event tells how far something has come. Events with one ID belong together;
+// a later one replaces an earlier one, but for Log, which adds up.
+type Event struct {
+	ID      string `json:"id"`
+	Name    string `json:"name,omitempty"` // for people
+	Phase   Phase  `json:"phase"`
+	Current int64  `json:"current,omitempty"` // bytes
+	Total   int64  `json:"total,omitempty"`   // bytes; 0 if unknown
+	Log     []byte `json:"log,omitempty"`     // output of a build step
+	Text    string `json:"text,omitempty"`    // a warning, or why it failed
+}
+
+// Phase is where something stands.
+type Phase string
+
+// The phases.
+const (
+	Waiting     Phase = "waiting"
+	Resolving   Phase = "resolving"
+	Downloading Phase = "downloading"
+	Unpacking   Phase = "unpacking"
+	Uploading   Phase = "uploading"
+	Running     Phase = "running"
+	Checking    Phase = "checking"
+	Exists      Phase = "exists" // was there already
+	Cached      Phase = "cached" // a build step that did not have to run
+	Done        Phase = "done"
+	Failed      Phase = "failed"
+	Warning     Phase = "warning"
+)
+
+// Registry says how to talk to the registry of a reference.
+type Registry struct {
+	PlainHTTP bool   `json:"plainHTTP,omitempty"`
+	HostsDir  string `json:"hostsDir,omitempty"` // folder of <host>/hosts.toml
+	Auth      *Auth  `json:"auth,omitempty"`     // nil: the docker config file of whoever has the store open
+}
+
+// Auth is a user's credentials for one registry.
+type Auth struct {
+	Username      string `json:"username,omitempty"`
+	Password      string `json:"password,omitempty"`
+	IdentityToken string `json:"identityToken,omitempty"`
+}
+
+// PullRequest asks for an image.
+type PullRequest struct {
+	Reference string `json:"reference"`
+	Platform  string `json:"platform,omitempty"` // "linux/arm64"; empty: this host's
+	Registry
+}
+
+// PushRequest asks to send an image to the registry of its name.
+type PushRequest struct {
+	Reference string `json:"reference"`
+	Registry
+}
+
+// PushResult says what the registry has now.
+type PushResult struct {
+	Digest string `json:"digest"`
+	Size   int64  `json:"size"`
+}
+
+// SaveRequest asks for an archive of images.
+type SaveRequest struct {
+	Names  []string `json:"names"`
+	Format string   `json:"format,omitempty"` // "docker" (default; readable as an OCI layout too) or "oci"
+}
+
+// TagRequest gives an image another name.
+type TagRequest struct {
+	Source string `json:"source"`
+	Target string `json:"target"`
+}
+
+// RemoveRequest removes a name, or an image with all its names by its id.
+type RemoveRequest struct {
+	Name  string `json:"name"`
+	Force bool   `json:"force,omitempty"` // several names for one id
+}
+
+// RemoveResult says what went.
+type RemoveResult struct {
+	Untagged []string `json:"untagged,omitempty"`
+	Deleted  []string `json:"deleted,omitempty"`
+}
+
+// ImageSummary is a line of `varve images`.
+type ImageSummary struct {
+	Name     string    `json:"name"`   // "<none>" for an image without one
+	ID       string    `json:"id"`     // digest of the config
+	Digest   string    `json:"digest"` // of the manifest or index that the name points to
+	Platform string    `json:"platform,omitempty"`
+	Created  time.Time `json:"created"`
+	Size     int64     `json:"size"` // bytes of its layers on disk
+}
+
+// HistoryEntry is a line of `varve history`.
+type HistoryEntry struct {
+	Created   time.Time `json:"created"`
+	CreatedBy string    `json:"createdBy"`
+	Size      int64     `json:"size"` // bytes; 0 for a step without a layer
+	Comment   string    `json:"comment,omitempty"`
+}
+
+// BuildRequest asks for a build.
+type BuildRequest struct {
+	Dockerfile string `json:"dockerfile,omitempty"` // path in the context; empty: "Dockerfile"
+	// DockerfileBytes are a Dockerfile from outside the context.
+	DockerfileBytes []byte            `json:"dockerfileBytes,omitempty"`
+	Tags            []string          `json:"tags,omitempty"`
+	Target          string            `json:"target,omitempty"`
+	BuildArgs       map[string]string `json:"buildArgs,omitempty"`
+	Labels          map[string]string `json:"labels,omitempty"`
+	Platform        string            `json:"platform,omitempty"`
+	Network         string            `json:"network,omitempty"`
+	ExtraHosts      []string          `json:"extraHosts,omitempty"`
+	NoCache         bool              `json:"noCache,omitempty"`
+	Pull            bool              `json:"pull,omitempty"`
+	Registry
+}
+
+// BuildResult is the image that was built.
+type BuildResult struct {
+	Image ImageSummary `json:"image"`
+	// Steps, Cached and Ran count what had to be decided, what was known
+	// already, and what was carried out.
+	Steps  int `json:"steps"`
+	Cached int `json:"cached"`
+	Ran    int `json:"ran"`
+}
+
+// CreateRequest asks for a container.
+type CreateRequest struct {
+	Image      string   `json:"image"`
+	Command    []string `json:"command,omitempty"`
+	Entrypoint []string `json:"entrypoint,omitempty"` // nil: the image's
+	Env        []string `json:"env,omitempty"`
+	Volumes    []string `json:"volumes,omitempty"` // HOST:CONTAINER[:ro], absolute
+	WorkingDir string   `json:"workingDir,omitempty"`
+	User       string   `json:"user,omitempty"`
+	Name       string   `json:"name,omitempty"`
+	Hostname   string   `json:"hostname,omitempty"`
+	Network    string   `json:"network,omitempty"` // "host" or "none"
+	Terminal   bool     `json:"terminal,omitempty"`
+	Stdin      bool     `json:"stdin,omitempty"`
+	ReadOnly   bool     `json:"readOnly,omitempty"`
+	Privileged bool     `json:"privileged,omitempty"`
+	CapAdd     []string `json:"capAdd,omitempty"`
+	CapDrop    []string `json:"capDrop,omitempty"`
+	Memory     int64    `json:"memory,omitempty"` // bytes; 0: no limit
+	NanoCPUs   int64    `json:"nanoCPUs,omitempty"`
+	PidsLimit  int64    `json:"pidsLimit,omitempty"`
+	Pull       string   `json:"pull,omitempty"` // "missing" (default), "always", "never"
+	Platform   string   `json:"platform,omitempty"`
+	Registry
+}
+
+// Container is ready to be started by its shim.
+type Container struct {
+	ID string `json:"id"`
+	// Dir is the container's directory, which the shim is given. It is on
+	// the host that has the store open.
+	Dir string `json:"dir"`
+}
+
+// FsckRequest asks for a check.
+type FsckRequest struct {
+	Level string `json:"level"`
+}
+
+// FsckReport is the report of package fsck, in its documented JSON, and the
+// exit code that goes with it.
+type FsckReport struct {
+	Report   json.RawMessage `json:"report"`
+	Text     string          `json:"text"`
+	ExitCode int             `json:"exitCode"`
+}
+
+// Info describes the store and whoever has it open.
+type Info struct {
+	Version  string `json:"version"`
+	Root     string `json:"root"`
+	StoreID  string `json:"storeID"`
+	Format   int    `json:"format"`
+	Embedded bool   `json:"embedded"` // open in a command, not in a daemon
+	PID      int    `json:"pid"`
+	Images   int    `json:"images"`
+	Layers   int    `json:"layers"`
+	Blobs    int    `json:"blobs"`
+	Kernel   string `json:"kernel"`
+	FileSys  string `json:"fileSystem"`
+	// Recovered is what opening the store found unfinished.
+	Recovered []string `json:"recovered,omitempty"`
+}

@@ -1,0 +1,123 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"varve.dev/api/varve"
+	"varve.dev/errdefs"
+)
+
+// socketPerm makes a socket root's alone: whoever may open it may do
+// everything, until there are roles.
+const socketPerm = 0o600
+
+// Server answers calls on a unix socket from one Engine.
+type Server struct {
+	http     *http.Server
+	listener net.Listener
+	path     string
+	done     chan error
+
+	mu     sync.Mutex
+	guests int
+	idle   chan struct{} // closed while there are no guests
+	last   bool          // no new guests are taken
+}
+
+// Listen serves backend on a unix socket at path. A socket that is there and
+// that nobody answers is replaced; the caller owns the store, so nobody else
+// can be serving it. Errors: ErrUnavailable, naming the path.
+func Listen(path string, backend varve.Backend) (*Server, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
+	}
+	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("socket %s: another process answers on it: %w", path, errdefs.ErrUnavailable)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
+	}
+	if err := os.Chmod(path, socketPerm); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
+	}
+	s := &Server{listener: l, path: path, done: make(chan error, 1), idle: make(chan struct{})}
+	close(s.idle)
+	s.http = &http.Server{
+		Handler:           s.count(varve.Handler(backend)),
+		ReadHeaderTimeout: 10 * time.Second,
+	}
+	go func() { s.done <- s.http.Serve(l) }()
+	return s, nil
+}
+
+// count keeps track of the calls under way. After [Server.Close] has begun a
+// new one is told to look for the next owner of the store.
+func (s *Server) count(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !s.enter() {
+			w.Header().Set("Connection", "close")
+			http.Error(w, closingText, http.StatusServiceUnavailable)
+			return
+		}
+		defer s.leave()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// closingText answers a call that came too late.
+const closingText = "the store is being closed"
+
+func (s *Server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.last {
+		return false
+	}
+	if s.guests == 0 {
+		s.idle = make(chan struct{})
+	}
+	s.guests++
+	return true
+}
+
+func (s *Server) leave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.guests--; s.guests == 0 {
+		close(s.idle)
+	}
+}
+
+// Close lets the calls under way end, for as long as ctx allows, and takes no
+// new ones. The socket's name goes first, so that the next process looks for
+// the store instead of for this server.
+func (s *Server) Close(ctx context.Context) error {
+	_ = os.Remove(s.path)
+	s.mu.Lock()
+	s.last = true
+	idle := s.idle
+	s.mu.Unlock()
+	var err error
+	select {
+	case <-idle:
+	case <-ctx.Done():
+		err = fmt.Errorf("calls were under way at shutdown: %w", ctx.Err())
+	}
+	err = errors.Join(err, s.http.Close())
+	<-s.done
+	return err
+}
