@@ -87,7 +87,7 @@ func fillBig(b *LayerBuilder, layer int) {
 // bytes. The mean is about 29 kB.
 func bigSize(pick *rand.Rand) int {
 	if pick.IntN(20) == 0 {
-		return 40_000 + pick.IntN(794_000)
+		return 40_000 + pick.IntN(780_000)
 	}
 	return pick.IntN(14_000)
 }

@@ -99,7 +99,7 @@ func tryRegistry(ctx context.Context, dir, addr string) (*RegistryServer, error)
 func registryConfig(storage, addr string) string {
 	return fmt.Sprintf(`version: 0.1
 log:
-  level: warn
+  level: error
   accesslog:
     disabled: true
 storage:

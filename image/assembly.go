@@ -1,0 +1,232 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"varve.dev/content"
+	"varve.dev/durable"
+	"varve.dev/errdefs"
+	"varve.dev/layout"
+	"varve.dev/metadata"
+)
+
+// assembly is an image on its way into the store: what was found there, held
+// by a lease, and what is new, not yet visible. It ends with publish or
+// abandon; both let go of everything.
+type assembly struct {
+	store   *Store
+	purpose string
+	lease   layout.LeaseID
+	endTurn func()
+	barrier *durable.Barrier
+	found   map[digest.Digest]bool            // blobs in the store, held by the lease
+	fresh   map[digest.Digest]*content.Ingest // whole and verified
+	order   []digest.Digest                   // of fresh
+	origin  string                            // repository that served the blobs, or ""
+
+	unpackings []*unpacked
+}
+
+// unpacked is a manifest whose layers are being unpacked.
+type unpacked struct {
+	manifest digest.Digest
+	work     Unpack
+}
+
+// assemble begins to bring the blobs into the store. It waits for others that
+// bring one of them.
+func (s *Store) assemble(ctx context.Context, purpose, origin string, blobs []digest.Digest) (*assembly, error) {
+	end, err := s.turns.take(ctx, blobs)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", purpose, err)
+	}
+	a := &assembly{
+		store: s, purpose: purpose, origin: origin, endTurn: end, lease: layout.LeaseID(layout.NewID()),
+		barrier: s.root.NewBarrier(), found: map[digest.Digest]bool{}, fresh: map[digest.Digest]*content.Ingest{},
+	}
+	err = s.db.Update(ctx, func(tx *metadata.Tx) error {
+		clear(a.found)
+		if err := tx.Leases().Put(a.lease, layout.LeaseRecord{Purpose: purpose, Created: time.Now().UTC()}); err != nil {
+			return err
+		}
+		return a.holdIn(tx, blobs)
+	})
+	if err != nil {
+		end()
+		return nil, fmt.Errorf("%s: %w", purpose, err)
+	}
+	return a, nil
+}
+
+// holdIn links those of the blobs that exist to the lease.
+func (a *assembly) holdIn(tx *metadata.Tx, blobs []digest.Digest) error {
+	for _, d := range blobs {
+		key := layout.BlobDigest(d)
+		if !tx.Blobs().Has(key) {
+			continue
+		}
+		a.found[d] = true
+		if err := tx.Link(layout.Edge{Parent: layout.LeaseNode(a.lease), Rel: layout.RelHolds, Child: layout.BlobNode(key)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// has tells whether the blob is in the store or among what is new.
+func (a *assembly) has(d digest.Digest) bool { return a.found[d] || a.fresh[d] != nil }
+
+// ingestRef names the ingest of a blob, so that every pull of it, from
+// wherever, goes on where the last one stopped.
+func ingestRef(d digest.Digest) string { return "blob-" + d.String() }
+
+// open starts or takes up the blob's ingest.
+func (a *assembly) open(ctx context.Context, desc ocispec.Descriptor) (*content.Ingest, error) {
+	in, err := a.store.blobs.OpenIngest(ctx, ingestRef(desc.Digest), layout.BlobDigest(desc.Digest), desc.Size)
+	if err != nil {
+		return nil, err
+	}
+	if in.Size() > desc.Size {
+		if err := in.Truncate(ctx, 0); err != nil {
+			in.Close()
+			return nil, err
+		}
+	}
+	return in, nil
+}
+
+// add takes over an ingest that is whole and verified.
+func (a *assembly) add(d digest.Digest, in *content.Ingest) {
+	a.fresh[d] = in
+	a.order = append(a.order, d)
+}
+
+// addSmall brings a blob that is in memory. Its bytes fit its digest.
+func (a *assembly) addSmall(ctx context.Context, desc ocispec.Descriptor, data []byte) error {
+	if a.has(desc.Digest) {
+		return nil
+	}
+	in, err := a.open(ctx, desc)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(in.Truncate(ctx, 0), write(in, data), in.Verify(desc.Size, layout.BlobDigest(desc.Digest))); err != nil {
+		return errors.Join(err, in.Discard())
+	}
+	a.add(desc.Digest, in)
+	return nil
+}
+
+func write(w io.Writer, data []byte) error {
+	_, err := w.Write(data)
+	return err
+}
+
+// reader opens a blob of the store or of what is new.
+func (a *assembly) reader(ctx context.Context, desc ocispec.Descriptor) (io.Reader, func() error, error) {
+	if in := a.fresh[desc.Digest]; in != nil {
+		return io.NewSectionReader(in, 0, in.Size()), func() error { return nil }, nil
+	}
+	r, err := a.store.blobs.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, nil, err
+	}
+	return io.NewSectionReader(r, 0, r.Size()), r.Close, nil
+}
+
+// publish makes everything that was brought visible under names, at once.
+func (a *assembly) publish(ctx context.Context, images []layout.ImageMake, edges []layout.Edge) error {
+	in := layout.IntentRecord{Purpose: a.purpose, Images: images}
+	for _, d := range a.order {
+		rec := layout.BlobRecord{}
+		if a.origin != "" {
+			rec.Origins = []string{a.origin}
+		}
+		move, err := a.fresh[d].Seal(a.barrier, rec)
+		if err != nil {
+			return a.abandon(err)
+		}
+		in.Blobs = append(in.Blobs, move)
+	}
+	for _, u := range a.unpackings {
+		top, err := u.work.Finish(ctx, &in)
+		if err != nil {
+			return a.abandon(err)
+		}
+		if top != "" {
+			edges = append(edges, layout.Edge{
+				Parent: layout.BlobNode(layout.BlobDigest(u.manifest)), Rel: layout.RelUnpacked, Child: layout.SnapshotNode(top),
+			})
+		}
+	}
+	in.Edges = append(in.Edges, edges...)
+	if err := a.store.journal.Publish(ctx, a.barrier, in); err != nil {
+		if a.store.intended(in) {
+			// Past the point of no return: the files are the journal's.
+			a.unpackings = nil
+			return a.letGo(err)
+		}
+		return a.abandon(err)
+	}
+	return a.letGo(nil)
+}
+
+// intended tells whether the journal holds an intent with the files of in, or
+// may hold one.
+func (s *Store) intended(in layout.IntentRecord) bool {
+	found := false
+	err := s.db.View(context.Background(), func(tx *metadata.Tx) error {
+		return tx.Intents().Each("", func(_ layout.IntentID, other layout.IntentRecord) error {
+			if len(in.Blobs) > 0 && len(other.Blobs) > 0 && in.Blobs[0].From == other.Blobs[0].From ||
+				len(in.Layers) > 0 && len(other.Layers) > 0 && in.Layers[0].ID == other.Layers[0].ID {
+				found = true
+			}
+			return nil
+		})
+	})
+	return found || err != nil
+}
+
+// abandon ends the assembly after an error, which it returns. Ingests stay
+// when the next try can go on from them.
+func (a *assembly) abandon(err error) error {
+	a.barrier.Abandon()
+	keep := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned))
+	for _, d := range a.order {
+		in := a.fresh[d]
+		if !keep || in.Size() <= maxSmall {
+			err = errors.Join(err, in.Discard())
+		}
+	}
+	return a.letGo(err)
+}
+
+// maxSmall is what is not worth keeping for a second try.
+const maxSmall = 64 << 10
+
+// letGo closes what is open and drops the lease. An error of the latter is no
+// failure of the operation: a lease ends with the process at the latest.
+func (a *assembly) letGo(err error) error {
+	for _, in := range a.fresh {
+		in.Close()
+	}
+	for _, u := range a.unpackings {
+		u.work.Abandon()
+	}
+	_ = a.store.db.Update(context.Background(), func(tx *metadata.Tx) error {
+		return tx.Drop(layout.LeaseNode(a.lease))
+	})
+	a.store.journal.Kick()
+	a.endTurn()
+	if err != nil {
+		return fmt.Errorf("%s: %w", a.purpose, err)
+	}
+	return nil
+}
