@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -23,7 +22,7 @@ import (
 type assembly struct {
 	store   *Store
 	purpose string
-	lease   layout.LeaseID
+	lease   *metadata.Lease
 	endTurn func()
 	barrier *durable.Barrier
 	found   map[digest.Digest]bool            // blobs in the store, held by the lease
@@ -31,7 +30,9 @@ type assembly struct {
 	order   []digest.Digest                   // of fresh
 	origin  string                            // repository that served the blobs, or ""
 
-	unpackings []*unpacked
+	unpackings  []*unpacked
+	refs        string // what the references of its ingests begin with
+	keepNothing bool   // abandon leaves no ingest for a next try
 }
 
 // unpacked is a manifest whose layers are being unpacked.
@@ -48,48 +49,52 @@ func (s *Store) assemble(ctx context.Context, purpose, origin string, blobs []di
 		return nil, fmt.Errorf("%s: %w", purpose, err)
 	}
 	a := &assembly{
-		store: s, purpose: purpose, origin: origin, endTurn: end, lease: layout.LeaseID(layout.NewID()),
+		store: s, purpose: purpose, origin: origin, refs: sharedRefs, endTurn: end, lease: s.db.NewLease(purpose),
 		barrier: s.root.NewBarrier(), found: map[digest.Digest]bool{}, fresh: map[digest.Digest]*content.Ingest{},
 	}
-	err = s.db.Update(ctx, func(tx *metadata.Tx) error {
-		clear(a.found)
-		if err := tx.Leases().Put(a.lease, layout.LeaseRecord{Purpose: purpose, Created: time.Now().UTC()}); err != nil {
-			return err
+	if len(blobs) > 0 {
+		if err := a.hold(ctx, blobs); err != nil {
+			end()
+			return nil, fmt.Errorf("%s: %w", purpose, err)
 		}
-		return a.holdIn(tx, blobs)
-	})
-	if err != nil {
-		end()
-		return nil, fmt.Errorf("%s: %w", purpose, err)
 	}
 	return a, nil
 }
 
-// holdIn links those of the blobs that exist to the lease.
-func (a *assembly) holdIn(tx *metadata.Tx, blobs []digest.Digest) error {
-	for _, d := range blobs {
-		key := layout.BlobDigest(d)
-		if !tx.Blobs().Has(key) {
-			continue
+// hold looks for blobs in the store, and holds what is there until the end of
+// the assembly. Most pulls find nothing, and then nothing is written.
+func (a *assembly) hold(ctx context.Context, blobs []digest.Digest) error {
+	any := false
+	err := a.store.db.View(ctx, func(tx *metadata.Tx) error {
+		for _, d := range blobs {
+			any = any || tx.Blobs().Has(layout.BlobDigest(d))
 		}
-		a.found[d] = true
-		if err := tx.Link(layout.Edge{Parent: layout.LeaseNode(a.lease), Rel: layout.RelHolds, Child: layout.BlobNode(key)}); err != nil {
-			return err
-		}
+		return nil
+	})
+	if err != nil || !any {
+		return err
 	}
-	return nil
+	return a.lease.Hold(ctx, func(tx *metadata.Tx) (nodes []layout.Node, err error) {
+		for _, d := range blobs {
+			key := layout.BlobDigest(d)
+			if a.found[d] = tx.Blobs().Has(key); a.found[d] {
+				nodes = append(nodes, layout.BlobNode(key))
+			}
+		}
+		return nodes, nil
+	})
 }
 
 // has tells whether the blob is in the store or among what is new.
 func (a *assembly) has(d digest.Digest) bool { return a.found[d] || a.fresh[d] != nil }
 
-// ingestRef names the ingest of a blob, so that every pull of it, from
-// wherever, goes on where the last one stopped.
-func ingestRef(d digest.Digest) string { return "blob-" + d.String() }
+// sharedRefs begins the reference of a blob's ingest where every pull of the
+// blob, from wherever, goes on with what the last one left.
+const sharedRefs = "blob-"
 
 // open starts or takes up the blob's ingest.
 func (a *assembly) open(ctx context.Context, desc ocispec.Descriptor) (*content.Ingest, error) {
-	in, err := a.store.blobs.OpenIngest(ctx, ingestRef(desc.Digest), layout.BlobDigest(desc.Digest), desc.Size)
+	in, err := a.store.blobs.OpenIngest(ctx, a.refs+desc.Digest.String(), layout.BlobDigest(desc.Digest), desc.Size)
 	if err != nil {
 		return nil, err
 	}
@@ -198,7 +203,7 @@ func (s *Store) intended(in layout.IntentRecord) bool {
 // when the next try can go on from them.
 func (a *assembly) abandon(err error) error {
 	a.barrier.Abandon()
-	keep := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned))
+	keep := !a.keepNothing && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned)))
 	for _, d := range a.order {
 		in := a.fresh[d]
 		if !keep || in.Size() <= maxSmall {
@@ -220,9 +225,7 @@ func (a *assembly) letGo(err error) error {
 	for _, u := range a.unpackings {
 		u.work.Abandon()
 	}
-	_ = a.store.db.Update(context.Background(), func(tx *metadata.Tx) error {
-		return tx.Drop(layout.LeaseNode(a.lease))
-	})
+	_ = a.lease.Release(context.Background())
 	a.store.journal.Kick()
 	a.endTurn()
 	if err != nil {

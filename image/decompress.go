@@ -30,13 +30,13 @@ func decompress(blob io.Reader) (io.ReadCloser, error) {
 		return nil, err
 	}
 	switch {
-	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+	case isGzip(magic):
 		z, err := gzip.NewReader(buffered)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", err, errBadStream)
 		}
 		return &inflating{z, z.Close}, nil
-	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+	case isZstd(magic):
 		z, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", err, errBadStream)
@@ -45,6 +45,9 @@ func decompress(blob io.Reader) (io.ReadCloser, error) {
 	}
 	return io.NopCloser(buffered), nil
 }
+
+func isGzip(magic []byte) bool { return bytes.HasPrefix(magic, []byte{0x1f, 0x8b}) }             // RFC 1952, 2.3.1
+func isZstd(magic []byte) bool { return bytes.HasPrefix(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}) } // RFC 8878, 3.1.1
 
 // inflating marks a decoder's own errors. Those of the stream below it, which
 // decoders hand through, keep their kind.

@@ -26,7 +26,7 @@ func readFile(t *testing.T, path string, v any) {
 // flipIngest changes the first byte of what an ingest holds.
 func flipIngest(t *testing.T, o *opened, d digest.Digest) {
 	t.Helper()
-	path := o.root.Path(filepath.Join(layout.IngestPath(layout.IngestFor(ingestRef(d))), layout.IngestData))
+	path := o.root.Path(filepath.Join(layout.IngestPath(layout.IngestFor(sharedRefs+d.String())), layout.IngestData))
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -63,4 +63,8 @@ func (l *eventLog) last(d digest.Digest) (last Event) {
 		}
 	}
 	return last
+}
+
+func testPathOf(o *opened, d digest.Digest) string {
+	return o.root.Path(layout.BlobPath(layout.BlobDigest(d)))
 }

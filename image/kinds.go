@@ -70,7 +70,7 @@ func statusKind(code int) error {
 func permanent(err error) bool {
 	for _, kind := range []error{
 		errdefs.ErrNotFound, errdefs.ErrPermissionDenied, errdefs.ErrInvalidArgument,
-		errdefs.ErrFailedPrecondition, errdefs.ErrOutOfRange, errdefs.ErrNotImplemented, errGaveUp,
+		errdefs.ErrFailedPrecondition, errdefs.ErrOutOfRange, errdefs.ErrNotImplemented,
 	} {
 		if errors.Is(err, kind) {
 			return true
@@ -78,3 +78,7 @@ func permanent(err error) bool {
 	}
 	return false
 }
+
+// final tells whether the layer below has tried all there is to try, or
+// asking again cannot help.
+func final(err error) bool { return permanent(err) || errors.Is(err, errGaveUp) }

@@ -177,8 +177,8 @@ func (r *layerRun) settle(j *job, in *content.Ingest, old int64, downloadErr, un
 	if downloadErr == nil || (unpackErr != nil && errors.Is(downloadErr, context.Canceled)) {
 		downloadErr = unpackErr // the cause, not the cancellation
 	}
-	wrong := errors.Is(downloadErr, errdefs.ErrFailedPrecondition) || blameBlob(downloadErr)
-	if wrong {
+	wrong := blameBlob(downloadErr)
+	if wrong || permanent(downloadErr) || r.a.keepNothing || in.Size() == 0 {
 		err = in.Discard()
 	} else {
 		err = in.Close()

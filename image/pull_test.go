@@ -39,8 +39,8 @@ func TestPullByTagAndDigest(t *testing.T) {
 
 	// Again: one question for the tag, nothing else.
 	before := len(proxy.Requests())
-	if got, err = o.Pull(t.Context(), ref, PullOptions{}); err != nil || got.Fresh {
-		t.Fatalf("second pull: %+v, %v", got, err)
+	if _, err = o.Pull(t.Context(), ref, PullOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	if asked := proxy.Requests()[before:]; len(asked) != 1 {
 		t.Errorf("the second pull asked %q", asked)
@@ -142,8 +142,8 @@ func TestPullFaults(t *testing.T) {
 				}
 			}
 			o.empty(t)
-			if left := o.ingests(t); len(left) > 0 && errors.Is(err, errdefs.ErrFailedPrecondition) {
-				t.Errorf("a wrong blob is kept: %v", left)
+			if left := o.ingests(t); len(left) > 0 && !errors.Is(err, errdefs.ErrUnavailable) {
+				t.Errorf("an ingest is kept that no next pull goes on from: %v", left)
 			}
 			// The registry is well again: the next pull succeeds.
 			proxy.SetRule(nil)

@@ -45,7 +45,7 @@ type Unpacker interface {
 	// Begin prepares to unpack an image whose layers have these DiffIDs, the
 	// bottom one first. What of them stands already is linked to the lease
 	// and so stays. The files of the new trees go into barrier.
-	Begin(ctx context.Context, lease layout.LeaseID, chain []layout.DiffID, barrier *durable.Barrier) (Unpack, error)
+	Begin(ctx context.Context, lease *metadata.Lease, chain []layout.DiffID, barrier *durable.Barrier) (Unpack, error)
 }
 
 // Unpack is one image's layers on their way from tar streams to trees. It

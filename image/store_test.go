@@ -87,7 +87,7 @@ type plainUnpacker struct {
 	fail     error
 }
 
-func (u *plainUnpacker) Begin(_ context.Context, _ layout.LeaseID, chain []layout.DiffID, _ *durable.Barrier) (Unpack, error) {
+func (u *plainUnpacker) Begin(_ context.Context, _ *metadata.Lease, chain []layout.DiffID, _ *durable.Barrier) (Unpack, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	p := &plainUnpack{unpacker: u, chain: chain, missing: make([]bool, len(chain))}

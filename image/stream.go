@@ -155,7 +155,7 @@ func (s *stream) again(err error) error {
 	if short && s.failures >= min(3, s.patience.Attempts) {
 		return fmt.Errorf("%s ends after %d bytes, %d were announced: %w", s.what, s.at, s.desc.Size, errdefs.ErrFailedPrecondition)
 	}
-	if permanent(err) {
+	if final(err) {
 		return err
 	}
 	pause := s.patience.wait(s.failures)
