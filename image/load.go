@@ -20,6 +20,7 @@ import (
 
 	"varve.dev/content"
 	"varve.dev/errdefs"
+	"varve.dev/layer"
 	"varve.dev/layout"
 )
 
@@ -46,7 +47,7 @@ type Loaded struct {
 // digest; ErrNotFound for a blob that the archive names and neither it nor the
 // store has.
 func (s *Store) Load(ctx context.Context, stream io.Reader, options LoadOptions) ([]Loaded, error) {
-	plain, err := decompress(stream)
+	plain, _, err := layer.Decompress(stream)
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", err)
 	}

@@ -4,13 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/errdefs"
+	"varve.dev/layer"
 )
 
 // dockerImages makes images of docker's manifest.json. Such an archive has no
@@ -52,14 +52,14 @@ func (l *loader) dockerImage(ctx context.Context, item dockerManifestItem) (ocis
 		return ocispec.Descriptor{}, err
 	}
 	for _, name := range item.Layers {
-		layer, ok := l.resolve(name)
+		desc, ok := l.resolve(name)
 		if !ok {
 			return ocispec.Descriptor{}, fmt.Errorf("manifest.json names the layer %s, which the archive has not: %w", name, errdefs.ErrNotFound)
 		}
-		if layer.MediaType, err = l.layerType(ctx, layer); err != nil {
+		if desc.MediaType, err = l.layerType(ctx, desc); err != nil {
 			return ocispec.Descriptor{}, fmt.Errorf("layer %s: %w", name, err)
 		}
-		manifest.Layers = append(manifest.Layers, layer)
+		manifest.Layers = append(manifest.Layers, desc)
 	}
 	data, err := json.Marshal(manifest)
 	if err != nil {
@@ -90,21 +90,22 @@ func (l *loader) addDocument(ctx context.Context, mediaType string, data []byte)
 	return desc, l.a.addSmall(ctx, desc, data)
 }
 
-// layerType goes by the first bytes, as decompress does.
+// layerType goes by the first bytes, as unpacking does.
 func (l *loader) layerType(ctx context.Context, desc ocispec.Descriptor) (string, error) {
 	r, done, err := l.a.reader(ctx, desc)
 	if err != nil {
 		return "", err
 	}
 	defer done()
-	var magic [4]byte
-	if _, err := io.ReadFull(r, magic[:]); err != nil {
-		return "", fmt.Errorf("too short for a layer: %w: %w", err, errdefs.ErrInvalidArgument)
+	stream, compression, err := layer.Decompress(r)
+	if err != nil {
+		return "", err
 	}
-	switch {
-	case isGzip(magic[:]):
+	defer stream.Close()
+	switch compression {
+	case layer.Gzip:
 		return ocispec.MediaTypeImageLayerGzip, nil
-	case isZstd(magic[:]):
+	case layer.Zstd:
 		return ocispec.MediaTypeImageLayerZstd, nil
 	}
 	return ocispec.MediaTypeImageLayer, nil

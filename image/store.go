@@ -55,8 +55,9 @@ type Unpack interface {
 	Missing() []bool
 	// Layer unpacks layer i of the chain from its uncompressed tar stream,
 	// without looking at the layers below. It may run for several layers at
-	// once, and again for the same one after an error. It reads to the end
-	// of the archive; what follows in the stream is the caller's.
+	// once, and again for the same one after an error. It reads the stream
+	// to its end, also what follows the archive, and compares all of it with
+	// the chain's DiffID: ErrFailedPrecondition, naming both.
 	Layer(ctx context.Context, i int, tar io.Reader) error
 	// Finish completes the trees in order, from the bottom, and adds what
 	// has to be published to in. It returns the snapshot of the whole chain.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/opencontainers/go-digest"
 
 	"varve.dev/content"
 	"varve.dev/durable"
@@ -31,12 +32,12 @@ type opened struct {
 
 // openStore makes a store in a temporary folder, with connections that lose
 // patience fast.
-func openStore(t *testing.T, options RemoteOptions) *opened {
+func openStore(t testing.TB, options RemoteOptions) *opened {
 	t.Helper()
 	return openStoreIn(t, t.TempDir(), options)
 }
 
-func openStoreIn(t *testing.T, dir string, options RemoteOptions) *opened {
+func openStoreIn(t testing.TB, dir string, options RemoteOptions) *opened {
 	t.Helper()
 	if options.Patience == (Patience{}) {
 		options.Patience = testPatience
@@ -121,6 +122,8 @@ func (p *plainUnpack) Layer(ctx context.Context, i int, tar io.Reader) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
+	sum := digest.Canonical.Digester()
+	tar = io.TeeReader(tar, sum.Hash())
 	// Layers that link into lower ones cannot be applied alone; this
 	// unpacker only reads them.
 	if _, err := archive.Apply(ctx, dir, tar); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -129,8 +132,13 @@ func (p *plainUnpack) Layer(ctx context.Context, i int, tar io.Reader) error {
 		}
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	_, err := io.Copy(io.Discard, tar)
-	return err
+	if _, err := io.Copy(io.Discard, tar); err != nil {
+		return err
+	}
+	if got := layout.DiffID(sum.Digest()); got != p.chain[i] {
+		return fmt.Errorf("the stream has the digest %s, the config says %s: %w", got, p.chain[i], errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 func (p *plainUnpack) Finish(context.Context, *layout.IntentRecord) (layout.SnapshotKey, error) {
