@@ -176,8 +176,8 @@ func checkManifest(desc ocispec.Descriptor, m ocispec.Manifest) error {
 		if !images.IsLayerType(l.MediaType) {
 			return fmt.Errorf("%s: layer %s has the unknown media type %q: %w", of, l.Digest, l.MediaType, errdefs.ErrNotImplemented)
 		}
-		if images.IsNonDistributable(l.MediaType) && len(l.URLs) == 0 {
-			return fmt.Errorf("%s: layer %s (%s) says not where it is: %w", of, l.Digest, l.MediaType, errdefs.ErrNotImplemented)
+		if images.IsNonDistributable(l.MediaType) {
+			return fmt.Errorf("%s: layer %s (%s) is not in the registry, layers from elsewhere are not supported: %w", of, l.Digest, l.MediaType, errdefs.ErrNotImplemented)
 		}
 	}
 	return nil

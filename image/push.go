@@ -55,6 +55,7 @@ func (s *Store) Push(ctx context.Context, ref Ref, options PushOptions) (ocispec
 	// sent what the registry has lost meanwhile.
 	p.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: s.remotes.registryHosts, Tracker: docker.NewInMemoryTracker()})
 	if err := p.tree(quiet(ctx), what, ref); err != nil {
+		s.remotes.forget(ref.Domain(), err)
 		return ocispec.Descriptor{}, fmt.Errorf("push %s: %w", ref.Familiar(), err)
 	}
 	return what, nil

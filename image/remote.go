@@ -2,11 +2,13 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -41,15 +43,25 @@ type Remotes struct {
 	resolver remotes.Resolver
 
 	mu    sync.Mutex
-	hosts map[string][]docker.RegistryHost
+	hosts map[string]knownHosts
 }
+
+// knownHosts are clients for one registry, with their connections and tokens.
+type knownHosts struct {
+	hosts []docker.RegistryHost
+	made  time.Time
+}
+
+// hostsAge is how long clients are kept: after it a changed hosts.toml and a
+// new login are seen by a daemon that runs on.
+const hostsAge = 5 * time.Minute
 
 // NewRemotes returns a client for registries.
 func NewRemotes(options RemoteOptions) *Remotes {
 	if options.Patience == (Patience{}) {
 		options.Patience = DefaultPatience()
 	}
-	r := &Remotes{options: options, hosts: map[string][]docker.RegistryHost{}}
+	r := &Remotes{options: options, hosts: map[string]knownHosts{}}
 	headers := http.Header{}
 	if options.UserAgent != "" {
 		headers.Set("User-Agent", options.UserAgent)
@@ -64,15 +76,25 @@ func NewRemotes(options RemoteOptions) *Remotes {
 func (r *Remotes) registryHosts(registry string) ([]docker.RegistryHost, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if known, ok := r.hosts[registry]; ok {
-		return known, nil
+	if known, ok := r.hosts[registry]; ok && time.Since(known.made) < hostsAge {
+		return known.hosts, nil
 	}
 	hosts, err := config.ConfigureHosts(quiet(context.Background()), r.hostOptions(registry))(registry)
 	if err != nil {
 		return nil, fmt.Errorf("configuration of registry %s: %w: %w", registry, err, errdefs.ErrInvalidArgument)
 	}
-	r.hosts[registry] = hosts
+	r.hosts[registry] = knownHosts{hosts, time.Now()}
 	return hosts, nil
+}
+
+// forget drops the clients of a registry that refused their credentials: the
+// user's next step is to log in and try again.
+func (r *Remotes) forget(registry string, err error) {
+	if errors.Is(err, errdefs.ErrPermissionDenied) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.hosts, registry)
+	}
 }
 
 func (r *Remotes) hostOptions(registry string) config.HostOptions {
@@ -125,8 +147,8 @@ func quiet(ctx context.Context) context.Context {
 func (r *Remotes) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, hosts := range r.hosts {
-		for _, h := range hosts {
+	for _, known := range r.hosts {
+		for _, h := range known.hosts {
 			if h.Client != nil {
 				h.Client.CloseIdleConnections()
 			}
@@ -150,7 +172,9 @@ func (g *guard) CloseIdleConnections() {
 func (r *Remotes) Resolve(ctx context.Context, ref Ref) (ocispec.Descriptor, error) {
 	_, desc, err := r.resolver.Resolve(quiet(ctx), ref.String())
 	if err != nil {
-		return ocispec.Descriptor{}, remoteError("resolve "+ref.Familiar(), err)
+		err = remoteError("resolve "+ref.Familiar(), err)
+		r.forget(ref.Domain(), err)
+		return ocispec.Descriptor{}, err
 	}
 	return desc, checkDescriptor(ref.Familiar(), desc)
 }
