@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
@@ -14,13 +15,25 @@ import (
 )
 
 // remoteError gives what a registry or the way to it answered exactly one
-// kind, and says what it was about.
+// kind, and says what it was about. Of the wrappings that the HTTP libraries
+// put around their errors only the innermost that says something is kept.
 func remoteError(what string, err error) error {
-	if err == nil {
+	var request *requestError
+	var status remoteerrors.ErrUnexpectedStatus
+	var transport *url.Error
+	switch {
+	case err == nil:
 		return nil
-	}
-	if ctxErr := errors.Join(onlyIf(err, context.Canceled), onlyIf(err, context.DeadlineExceeded)); ctxErr != nil {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%s: %w", what, err)
+	case errors.As(err, &request):
+		return fmt.Errorf("%s: %w", what, request)
+	case errors.Is(err, docker.ErrInvalidAuthorization):
+		return fmt.Errorf("%s: access denied, or it does not exist: %w", what, errdefs.ErrPermissionDenied)
+	case errors.As(err, &status):
+		return fmt.Errorf("%s: the registry answered %s: %w", what, status.Status, statusKind(status.StatusCode))
+	case errors.As(err, &transport):
+		err = transport.Err
 	}
 	if kind := kindOf(err); kind != nil {
 		return fmt.Errorf("%s: %w: %w", what, err, kind)
@@ -28,28 +41,14 @@ func remoteError(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-func onlyIf(err, target error) error {
-	if errors.Is(err, target) {
-		return target
-	}
-	return nil
-}
-
-// kindOf returns the kind to add to err, or nil if it has one.
+// kindOf returns the kind to add to err, or nil if it has one. What has none
+// comes from the transport (refused, reset, no such host, a certificate that
+// does not fit) or from the operating system.
 func kindOf(err error) error {
-	var status remoteerrors.ErrUnexpectedStatus
-	switch {
-	case errors.Is(err, docker.ErrInvalidAuthorization):
-		return errdefs.ErrPermissionDenied
-	case errors.As(err, &status):
-		return statusKind(status.StatusCode)
-	case cerrdefs.Resolve(err) != cerrdefs.ErrUnknown:
+	if cerrdefs.Resolve(err) != cerrdefs.ErrUnknown {
 		return nil
-	default:
-		// What has no kind here is the transport: refused, reset, no such
-		// host, a certificate that does not fit.
-		return errdefs.ErrUnavailable
 	}
+	return errdefs.ErrUnavailable
 }
 
 func statusKind(code int) error {

@@ -94,7 +94,7 @@ func (a *assembly) layers(ctx context.Context, p *picked, from source, parallel 
 		}
 		g.Go(func() error {
 			if err := run.do(jobCtx, j); err != nil {
-				return fmt.Errorf("layer %s: %w", j.desc.Digest, err)
+				return err // names the blob
 			}
 			progress.send(Event{Blob: j.desc.Digest, Phase: Done, Bytes: j.desc.Size, Total: j.desc.Size})
 			return nil
@@ -196,7 +196,7 @@ func (r *layerRun) download(ctx context.Context, desc ocispec.Descriptor, in *co
 		n, err := body.Read(buf)
 		if n > 0 {
 			if _, err := in.Write(buf[:n]); err != nil {
-				return err
+				return fmt.Errorf("blob %s: %w", desc.Digest, err)
 			}
 			f.grew(n)
 			m.add(int64(n))
@@ -226,7 +226,10 @@ func (r *layerRun) unpackAll(ctx context.Context, j *job, open func(context.Cont
 			if n == 0 {
 				blob = &metered{blob, r.progress.meter(j.desc.Digest, Unpacking, 0, j.desc.Size)}
 			}
-			return errors.Join(r.unpack(ctx, i, blob), done())
+			if err := errors.Join(r.unpack(ctx, i, blob), done()); err != nil {
+				return fmt.Errorf("layer %s: %w", j.desc.Digest, err)
+			}
+			return nil
 		})
 	}
 	return g.Wait()

@@ -112,7 +112,7 @@ func TestPullFaults(t *testing.T) {
 		{name: "cut at the same byte", rule: always(testkit.Fault{Cut: true, CutAt: half}), want: errdefs.ErrUnavailable, says: "attempts", sent: 1 << 20},
 		{name: "429", rule: always(testkit.Fault{Status: 429, RetryAfter: 3600}), want: errdefs.ErrUnavailable, says: "asks to wait 1h", sent: 0},
 		{name: "500", rule: always(testkit.Fault{Status: 500}), want: errdefs.ErrUnavailable, says: "500", sent: 0},
-		{name: "404", rule: always(testkit.Fault{Status: 404}), want: errdefs.ErrNotFound, says: "not found", sent: 0},
+		{name: "404", rule: always(testkit.Fault{Status: 404}), want: errdefs.ErrNotFound, says: "not there", sent: 0},
 		{name: "403", rule: always(testkit.Fault{Status: 403}), want: errdefs.ErrPermissionDenied, says: "403", sent: 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {

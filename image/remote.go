@@ -83,6 +83,12 @@ func (r *Remotes) registryHosts(registry string) ([]docker.RegistryHost, error) 
 	if err != nil {
 		return nil, fmt.Errorf("configuration of registry %s: %w: %w", registry, err, errdefs.ErrInvalidArgument)
 	}
+	for i := range hosts {
+		client, headers := hosts[i].Client, hosts[i].Header
+		hosts[i].Authorizer = newAuthorizer(func() docker.Authorizer {
+			return docker.NewDockerAuthorizer(docker.WithAuthClient(client), docker.WithAuthHeader(headers), docker.WithAuthCreds(r.credentials))
+		})
+	}
 	r.hosts[registry] = knownHosts{hosts, time.Now()}
 	return hosts, nil
 }
@@ -105,12 +111,16 @@ func (r *Remotes) hostOptions(registry string) config.HostOptions {
 	if slices.Contains(r.options.PlainHTTP, registry) || slices.Contains(r.options.PlainHTTP, "*") {
 		options.DefaultScheme = "http"
 	}
-	if r.options.Credentials != nil {
-		options.Credentials = func(host string) (string, string, error) {
-			return r.options.Credentials(context.Background(), host)
-		}
-	}
 	return options
+}
+
+// credentials is asked within a request that has a deadline, and bounds
+// itself as well.
+func (r *Remotes) credentials(host string) (string, string, error) {
+	if r.options.Credentials == nil {
+		return "", "", nil
+	}
+	return r.options.Credentials(context.Background(), host)
 }
 
 // guardClient puts the guard under a client that was just made. It is called

@@ -152,7 +152,10 @@ func (s *stream) again(err error) error {
 	}
 	s.failures++
 	short := errors.Is(err, errEndedEarly)
-	if !short {
+	switch {
+	case errors.Is(err, errdefs.ErrNotFound):
+		return fmt.Errorf("%s is not there: %w", s.what, errdefs.ErrNotFound)
+	case !short:
 		err = remoteError(s.what, err)
 	}
 	if short && s.failures >= min(3, s.patience.Attempts) {
@@ -163,7 +166,7 @@ func (s *stream) again(err error) error {
 	}
 	pause := s.patience.wait(s.failures)
 	if s.failures >= s.patience.Attempts || time.Since(s.progress)+pause > s.patience.Total {
-		return fmt.Errorf("%w (at byte %d of %d, %d attempts)", err, s.at, s.desc.Size, s.failures)
+		return fmt.Errorf("%w (at byte %d of %d, attempts: %d)", err, s.at, s.desc.Size, s.failures)
 	}
 	return sleep(s.ctx, pause)
 }

@@ -53,14 +53,36 @@ func (p Patience) wait(n int) time.Duration {
 	return d - rand.N(d/4+1)
 }
 
-// Why a request of ours was ended by us. Both are of kind ErrUnavailable.
+// Why a request of ours was ended by us.
 var (
-	errNoAnswer = fmt.Errorf("no answer: %w", errdefs.ErrUnavailable)
-	errSilent   = fmt.Errorf("no data: %w", errdefs.ErrUnavailable)
+	errNoAnswer = errors.New("no answer")
+	errSilent   = errors.New("no data")
 	// errGaveUp marks an error after the last attempt: layers above do not
 	// start over.
 	errGaveUp = errors.New("gave up")
 )
+
+// requestError is a request that came to nothing.
+type requestError struct {
+	Host     string
+	Attempts int   // 0 for a body that fell silent
+	Err      error // without a kind
+}
+
+func (e *requestError) Error() string {
+	if e.Attempts == 0 {
+		return fmt.Sprintf("%s: %v", e.Host, e.Err)
+	}
+	return fmt.Sprintf("%s: %v (attempts: %d)", e.Host, e.Err, e.Attempts)
+}
+
+// Unwrap gives the kind and the reason.
+func (e *requestError) Unwrap() []error {
+	if e.Attempts == 0 {
+		return []error{errdefs.ErrUnavailable, e.Err}
+	}
+	return []error{errdefs.ErrUnavailable, errGaveUp, e.Err}
+}
 
 // guard is the transport below everything that talks to a registry, tokens
 // included. It bounds every wait, and repeats what may be repeated.
@@ -81,7 +103,7 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 			return resp, err
 		}
 		if attempt >= g.patience.Attempts || time.Since(start)+pause > g.patience.Total {
-			return nil, g.giveUp(req, resp, err, attempt, pause)
+			return nil, g.giveUp(req, resp, err, attempt)
 		}
 		discard(resp)
 		if err := sleep(req.Context(), pause); err != nil {
@@ -129,16 +151,15 @@ func transient(err error) bool {
 	return false
 }
 
-func (g *guard) giveUp(req *http.Request, resp *http.Response, err error, attempts int, pause time.Duration) error {
+func (g *guard) giveUp(req *http.Request, resp *http.Response, err error, attempts int) error {
 	if err == nil {
 		defer discard(resp)
 		err = fmt.Errorf("answered %s", resp.Status)
-		if after := retryAfter(resp); after > 0 && after >= pause {
+		if after := retryAfter(resp); after > 0 {
 			err = fmt.Errorf("%w and asks to wait %s", err, after)
 		}
-		err = fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
-	return fmt.Errorf("%s %s: %w after %d attempts: %w", req.Method, req.URL.Redacted(), errGaveUp, attempts, err)
+	return &requestError{Host: req.URL.Host, Attempts: attempts, Err: err}
 }
 
 func retryAfter(resp *http.Response) time.Duration {
@@ -167,12 +188,12 @@ func (g *guard) once(req *http.Request) (*http.Response, error) {
 	timer.Stop()
 	if err != nil {
 		if cause := context.Cause(ctx); errors.Is(cause, errNoAnswer) {
-			err = fmt.Errorf("%s %s: %w within %s", req.Method, req.URL.Redacted(), cause, g.patience.Answer)
+			err = fmt.Errorf("%w within %s", cause, g.patience.Answer)
 		}
 		cancel(nil)
 		return nil, err
 	}
-	resp.Body = &receiving{body: resp.Body, ctx: ctx, cancel: cancel, limit: g.patience.Silence}
+	resp.Body = &receiving{host: req.URL.Host, body: resp.Body, ctx: ctx, cancel: cancel, limit: g.patience.Silence}
 	return resp, nil
 }
 
@@ -208,6 +229,7 @@ func (s *sending) answered() {
 // receiving is a body whose every Read ends within the limit. The clock runs
 // only during Read: a slow reader is not a silent server.
 type receiving struct {
+	host   string
 	body   io.ReadCloser
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -226,7 +248,7 @@ func (r *receiving) Read(p []byte) (int, error) {
 	r.timer.Stop()
 	if err != nil && err != io.EOF {
 		if cause := context.Cause(r.ctx); errors.Is(cause, errSilent) {
-			err = fmt.Errorf("%w for %s", cause, r.limit)
+			err = &requestError{Host: r.host, Err: fmt.Errorf("%w for %s", cause, r.limit)}
 		}
 	}
 	return n, err

@@ -22,7 +22,7 @@ const (
 	bigIncompressible = 45 // percent of the bytes
 )
 
-// Big is 1 GB in 9 gzip layers and 35,001 files, about 555 MB compressed.
+// Big is 1 GB in 9 gzip layers and 35,001 files, about 547 MB compressed.
 // Making it takes about a minute of two cores; it is made once.
 func Big(t testing.TB) Image {
 	t.Helper()
