@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+
 	"varve.dev/internal/testkit"
 )
 
@@ -22,6 +24,13 @@ func TestPullUnpacks(t *testing.T) {
 	if got := pull(t, o, ref); got.Fresh {
 		t.Error("the second pull found something missing")
 	}
+	details, err := o.Inspect(t.Context(), ref.String())
+	if err != nil || string(details.Snapshot) != string(details.Image.RootFS.DiffIDs[0]) {
+		t.Errorf("snapshot %q, %v", details.Snapshot, err)
+	}
+	if r, err := o.ResolveLocal(t.Context(), details.ID.String(), nil); err != nil || digest.FromBytes(r.JSON) != details.ID {
+		t.Errorf("resolved here: %+v, %v", r, err)
+	}
 	if _, err := o.Remove(t.Context(), ref.String(), false); err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +38,14 @@ func TestPullUnpacks(t *testing.T) {
 	if got := pull(t, o, ref); !got.Fresh {
 		t.Error("the pull after the removal brought nothing")
 	}
-	if n := proxy.Count(http.MethodGet, ""); n != 2*(1+1+1) {
+	if _, err := o.Remove(t.Context(), ref.String(), false); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := o.Resolve(t.Context(), ref, nil); err != nil || r.Config.Digest != details.ID || digest.FromBytes(r.JSON) != details.ID {
+		t.Errorf("resolved there: %+v, %v", r, err)
+	}
+	o.empty(t)
+	if n := proxy.Count(http.MethodGet, ""); n != 2*(1+1+1)+2 {
 		t.Errorf("%d GETs for two pulls", n)
 	}
 }

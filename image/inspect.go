@@ -36,6 +36,9 @@ type Details struct {
 	Manifest ocispec.Descriptor
 	Layers   []ocispec.Descriptor
 	Image    ocispec.Image // the config
+	// Snapshot stands for the unpacked layers; "" when they are not, or
+	// there are none.
+	Snapshot layout.SnapshotKey
 }
 
 // localPick reads an image of the store for this machine, or where it was
@@ -123,7 +126,8 @@ func (s *Store) Inspect(ctx context.Context, what string) (Details, error) {
 	}
 	d := Details{Summary: Summary{Target: found.Target, Names: found.Names}, Manifest: p.manifest, Layers: p.layers, Image: p.image}
 	d.fill(p)
-	return d, nil
+	d.Snapshot, err = s.snapshotOf(ctx, p.manifest)
+	return d, err
 }
 
 // Step is one line of an image's history.

@@ -140,13 +140,8 @@ func (s *Store) isWhole(ctx context.Context, name string, p *picked) (bool, erro
 // hasLayers: unpacked, or where nothing is unpacked, every blob.
 func (s *Store) hasLayers(tx *metadata.Tx, p *picked) (bool, error) {
 	if s.unpacker != nil {
-		children, err := tx.Children(layout.BlobNode(layout.BlobDigest(p.manifest.Digest)))
-		for _, e := range children {
-			if e.Rel == layout.RelUnpacked {
-				return true, err
-			}
-		}
-		return len(p.layers) == 0, err
+		key, err := unpackedIn(tx, p.manifest)
+		return key != "" || len(p.layers) == 0, err
 	}
 	for _, d := range p.layers {
 		if !tx.Blobs().Has(layout.BlobDigest(d.Digest)) {
