@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/labels"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
@@ -53,7 +52,7 @@ func (s *Store) Push(ctx context.Context, ref Ref, options PushOptions) (ocispec
 	p := &push{store: s, docs: docs, ref: ref, options: options, uploads: make(slots, options.Parallel), sent: map[digest.Digest]bool{}}
 	// A new resolver for each push: the old one's tracker would remember as
 	// sent what the registry has lost meanwhile.
-	p.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: s.remotes.registryHosts, Tracker: docker.NewInMemoryTracker()})
+	p.resolver = s.remotes.newResolver()
 	if err := p.tree(quiet(ctx), what, ref); err != nil {
 		s.remotes.forget(ref.Domain(), err)
 		return ocispec.Descriptor{}, fmt.Errorf("push %s: %w", ref.Familiar(), err)

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,7 +33,7 @@ type RemoteOptions struct {
 	Credentials Credentials
 	// Patience; the zero value is [DefaultPatience].
 	Patience Patience
-	// UserAgent names the client to the registry.
+	// UserAgent names the client to the registry; "" is "varve".
 	UserAgent string
 }
 
@@ -62,13 +63,19 @@ func NewRemotes(options RemoteOptions) *Remotes {
 		options.Patience = DefaultPatience()
 	}
 	r := &Remotes{options: options, hosts: map[string]knownHosts{}}
-	headers := http.Header{}
-	if options.UserAgent != "" {
-		headers.Set("User-Agent", options.UserAgent)
-	}
-	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: r.registryHosts, Headers: headers})
+	r.resolver = r.newResolver()
 	return r
 }
+
+// newResolver returns containerd's resolver over the shared clients.
+func (r *Remotes) newResolver() remotes.Resolver {
+	return docker.NewResolver(docker.ResolverOptions{
+		Hosts: r.registryHosts, Tracker: docker.NewInMemoryTracker(),
+		Headers: http.Header{"User-Agent": {r.agent()}},
+	})
+}
+
+func (r *Remotes) agent() string { return cmp.Or(r.options.UserAgent, "varve") }
 
 // registryHosts is asked by the resolver for every operation. It answers from
 // memory: each answer of containerd's function is a new client with
@@ -84,7 +91,11 @@ func (r *Remotes) registryHosts(registry string) ([]docker.RegistryHost, error) 
 		return nil, fmt.Errorf("configuration of registry %s: %w: %w", registry, err, errdefs.ErrInvalidArgument)
 	}
 	for i := range hosts {
-		client, headers := hosts[i].Client, hosts[i].Header
+		client, headers := hosts[i].Client, hosts[i].Header.Clone()
+		if headers == nil {
+			headers = http.Header{}
+		}
+		headers.Set("User-Agent", r.agent())
 		hosts[i].Authorizer = newAuthorizer(func() docker.Authorizer {
 			return docker.NewDockerAuthorizer(docker.WithAuthClient(client), docker.WithAuthHeader(headers), docker.WithAuthCreds(r.credentials))
 		})

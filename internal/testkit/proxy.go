@@ -2,13 +2,15 @@ package testkit
 
 import (
 	"context"
-	"fmt"
+	"encoding/pem"
 	"io"
 	"log"
-	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -53,8 +55,7 @@ type Proxy struct {
 	// Addr is host:port on loopback, as it stands in an image's name.
 	Addr string
 
-	server *http.Server
-	ctx    context.Context
+	ctx context.Context // of the test; silent answers end with it
 
 	mu    sync.Mutex
 	rule  Rule
@@ -68,26 +69,48 @@ type Proxy struct {
 // the length of the test.
 func NewProxy(t testing.TB, upstream string, rule Rule) *Proxy {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+	p, server := newProxy(t, upstream, rule)
+	server.Start()
+	p.Addr = server.Listener.Addr().String()
+	return p
+}
+
+// NewTLSProxy is [NewProxy] with TLS. It returns the file with the
+// certificate that its clients have to trust.
+func NewTLSProxy(t testing.TB, upstream string, rule Rule) (p *Proxy, caFile string) {
+	t.Helper()
+	p, server := newProxy(t, upstream, rule)
+	server.StartTLS()
+	p.Addr = server.Listener.Addr().String()
+	caFile = filepath.Join(t.TempDir(), "ca.pem")
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(caFile, ca, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return p, caFile
+}
+
+func newProxy(t testing.TB, upstream string, rule Rule) (*Proxy, *httptest.Server) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &Proxy{Addr: l.Addr().String(), ctx: ctx, rule: rule, count: map[string]int{}, bytes: map[string]int64{}}
+	p := &Proxy{ctx: ctx, rule: rule, count: map[string]int{}, bytes: map[string]int64{}}
+	transport := &http.Transport{DisableCompression: true}
 	reverse := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: upstream})
-	reverse.Transport = &http.Transport{DisableCompression: true}
+	reverse.Transport = transport
 	reverse.ModifyResponse = p.spoil
-	reverse.ErrorHandler = func(w http.ResponseWriter, _ *http.Request, err error) { panic(http.ErrAbortHandler) }
+	reverse.ErrorHandler = func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) }
 	reverse.FlushInterval = -1 // what comes before a fault reaches the client
-	reverse.ErrorLog = log.New(io.Discard, "", 0)
-	p.server = &http.Server{Handler: p.handler(reverse), ReadHeaderTimeout: time.Minute}
-	go p.server.Serve(l)
+	silent := log.New(io.Discard, "", 0)
+	reverse.ErrorLog = silent
+	server := httptest.NewUnstartedServer(p.handler(reverse))
+	server.Config.ErrorLog = silent
 	t.Cleanup(func() {
-		cancel()
-		p.server.Close()
-		reverse.Transport.(*http.Transport).CloseIdleConnections()
+		cancel() // ends what is silent, which Close waits for
+		server.CloseClientConnections()
+		server.Close()
+		transport.CloseIdleConnections()
 	})
-	return p
+	return p, server
 }
 
 // SetRule replaces the rule, for requests from now on.
@@ -153,13 +176,17 @@ func (p *Proxy) handler(next http.Handler) http.Handler {
 			if fault.RetryAfter > 0 {
 				w.Header().Set("Retry-After", strconv.Itoa(fault.RetryAfter))
 			}
-			http.Error(w, fmt.Sprintf(`{"errors":[{"code":"UNKNOWN","message":"made up by the proxy"}]}`), fault.Status)
+			http.Error(w, `{"errors":[{"code":"UNKNOWN","message":"made up by the proxy"}]}`, fault.Status)
 			return
 		}
 		if fault.NoRange {
 			r.Header.Del("Range")
 		}
-		r.Host = p.Addr // what the registry puts into Location leads back here
+		// What the registry puts into Location has to lead back here.
+		r.Host = p.Addr
+		if r.TLS != nil {
+			r.Header.Set("X-Forwarded-Proto", "https")
+		}
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), faultKey{}, fault)))
 	})
 }
