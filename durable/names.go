@@ -38,6 +38,23 @@ func (r *Root) Mkdir(rel string, perm fs.FileMode) error {
 	return r.mkdir(rel, perm)
 }
 
+// MkdirOwned is Mkdir for a directory of another owner. The mode may have the
+// setuid, setgid and sticky bits.
+func (r *Root) MkdirOwned(rel string, perm fs.FileMode, uid, gid int) error {
+	if err := r.Mkdir(rel, 0o700); err != nil {
+		return err
+	}
+	// The owner comes first: chown takes the special bits away.
+	if err := os.Lchown(r.Path(rel), uid, gid); err != nil {
+		return kinded("change owner", err)
+	}
+	if err := os.Chmod(r.Path(rel), perm); err != nil {
+		return kinded("change mode", err)
+	}
+	r.observe(Op{Kind: OpSetattr, Path: rel})
+	return nil
+}
+
 func (r *Root) mkdir(rel string, perm fs.FileMode) error {
 	if err := os.Mkdir(r.Path(rel), perm); err != nil {
 		return kinded("make directory", err)

@@ -86,7 +86,7 @@ const (
 type SnapshotRecord struct {
 	Kind    SnapshotKind      `json:"kind"`
 	Parent  SnapshotKey       `json:"parent,omitempty"` // a committed snapshot
-	Layer   LayerID           `json:"layer,omitempty"`  // its tree: committed at LayerPath, active at ActivePath
+	Layer   LayerID           `json:"layer,omitempty"`  // its tree: committed at LayerPath, else at ActivePath; a view on a parent has none
 	Created time.Time         `json:"created"`
 	Updated time.Time         `json:"updated"`
 	Labels  map[string]string `json:"labels,omitempty"`

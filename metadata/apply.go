@@ -135,11 +135,11 @@ func (tx *Tx) PutSnapshot(key layout.SnapshotKey, rec layout.SnapshotRecord) err
 			return err
 		}
 	}
+	if rec.Layer == "" {
+		return nil // a view shows its parent
+	}
 	tree := layout.LayerNode(rec.Layer)
-	switch rec.Kind {
-	case layout.SnapshotView:
-		return nil
-	case layout.SnapshotActive:
+	if rec.Kind != layout.SnapshotCommitted {
 		tree = layout.ActiveNode(rec.Layer)
 	}
 	return tx.Link(layout.Edge{Parent: layout.SnapshotNode(key), Rel: layout.RelTree, Child: tree})

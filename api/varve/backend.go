@@ -89,8 +89,11 @@ const (
 
 // Registry says how to talk to the registry of a reference.
 type Registry struct {
-	PlainHTTP bool   `json:"plainHTTP,omitempty"`
-	HostsDir  string `json:"hostsDir,omitempty"` // folder of <host>/hosts.toml
+	PlainHTTP bool `json:"plainHTTP,omitempty"` // for the registry of the reference
+	// PlainHTTPHosts are further registries to speak HTTP with: those of
+	// a Dockerfile's FROM, for example.
+	PlainHTTPHosts []string `json:"plainHTTPHosts,omitempty"`
+	HostsDir       string   `json:"hostsDir,omitempty"` // folder of <host>/hosts.toml
 	Auth      *Auth  `json:"auth,omitempty"`     // nil: the docker config file of whoever has the store open
 }
 
