@@ -12,6 +12,7 @@
 package errdefs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -63,4 +64,18 @@ func AsCorrupt(err error) *Corrupt {
 		return c
 	}
 	return nil
+}
+
+// Has tells whether err carries one of the kinds, or is the end of a context.
+func Has(err error) bool {
+	for _, kind := range []error{
+		ErrUnknown, ErrInvalidArgument, ErrNotFound, ErrAlreadyExists, ErrFailedPrecondition,
+		ErrUnavailable, ErrNotImplemented, ErrDataLoss, ErrPermissionDenied, ErrResourceExhausted,
+		ErrOutOfRange, ErrAborted, ErrInternal, context.Canceled, context.DeadlineExceeded,
+	} {
+		if errors.Is(err, kind) {
+			return true
+		}
+	}
+	return false
 }

@@ -95,13 +95,13 @@ func (u *unpacker) Close() error {
 	return nil
 }
 
+// damaged gives a decoder's error its kind. An error that came through from
+// the source has a kind, or is the context's, already.
 func damaged(format string, err error) error {
-	for _, own := range []error{gzip.ErrChecksum, gzip.ErrHeader, io.ErrUnexpectedEOF, zstd.ErrMagicMismatch, zstd.ErrCRCMismatch, zstd.ErrWindowSizeExceeded} {
-		if errors.Is(err, own) {
-			return fmt.Errorf("%s stream is damaged or cut short: %w: %w", format, err, errdefs.ErrInvalidArgument)
-		}
+	if errdefs.Has(err) {
+		return fmt.Errorf("%s stream: %w", format, err)
 	}
-	return fmt.Errorf("%s stream: %w", format, err)
+	return fmt.Errorf("%s stream is damaged or cut short: %w: %w", format, err, errdefs.ErrInvalidArgument)
 }
 
 // Compress returns a writer that compresses to w. Close ends the stream, not

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/containerd/continuity/proto"
 	"golang.org/x/sys/unix"
@@ -36,10 +39,16 @@ type Entry struct {
 // Entries are in the order of their first names.
 type Manifest struct{ Entries []Entry }
 
-// mtimeXattr carries the time, for which continuity's format has no field. No
-// real xattr is called like this: Linux has only the namespaces user, trusted,
-// security and system.
-const mtimeXattr = "varve.dev/mtime"
+// Xattrs that carry what continuity's format has no field for. No real xattr
+// is called like these: Linux has only the namespaces user, trusted, security
+// and system.
+const (
+	mtimeXattr = "varve.dev/mtime" // nanoseconds since 1970, decimal
+	// The format's strings are UTF-8, file names are bytes. Where the two
+	// differ, the fields hold a quoted form for people, and these the bytes.
+	namesXattr  = "varve.dev/names" // separated by NUL
+	targetXattr = "varve.dev/target"
+)
 
 // blockSize is what the space of a file is rounded to.
 const blockSize = 4096
@@ -152,8 +161,11 @@ func decodeResource(br *bufio.Reader) (Entry, error) {
 // resource converts to continuity's form, whose mode is that of package os.
 func (e *Entry) resource() *proto.Resource {
 	res := &proto.Resource{
-		Path: e.Names, Uid: int64(e.UID), Gid: int64(e.GID),
-		Mode: uint32(fileMode(e.Mode)), Target: e.Target,
+		Uid: int64(e.UID), Gid: int64(e.GID),
+		Mode: uint32(fileMode(e.Mode)), Target: readable(e.Target),
+	}
+	for _, n := range e.Names {
+		res.Path = append(res.Path, readable(n))
 	}
 	switch e.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
@@ -170,8 +182,22 @@ func (e *Entry) resource() *proto.Resource {
 	for _, name := range names {
 		res.Xattr = append(res.Xattr, &proto.XAttr{Name: name, Data: []byte(e.Xattrs[name])})
 	}
+	if all := strings.Join(e.Names, "\x00"); !utf8.ValidString(all) {
+		res.Xattr = append(res.Xattr, &proto.XAttr{Name: namesXattr, Data: []byte(all)})
+	}
+	if !utf8.ValidString(e.Target) {
+		res.Xattr = append(res.Xattr, &proto.XAttr{Name: targetXattr, Data: []byte(e.Target)})
+	}
 	res.Xattr = append(res.Xattr, &proto.XAttr{Name: mtimeXattr, Data: strconv.AppendInt(nil, e.MTime, 10)})
 	return res
+}
+
+// readable is s, quoted if it is not UTF-8.
+func readable(s string) string {
+	if utf8.ValidString(s) {
+		return s
+	}
+	return strconv.QuoteToASCII(s)
 }
 
 func entryOf(res *proto.Resource) (Entry, error) {
@@ -179,18 +205,10 @@ func entryOf(res *proto.Resource) (Entry, error) {
 		Names: res.Path, UID: uint32(res.Uid), GID: uint32(res.Gid),
 		Mode: statMode(fs.FileMode(res.Mode)), Size: int64(res.Size), Target: res.Target,
 	}
-	if len(e.Names) == 0 {
-		return e, errors.New("no name")
-	}
-	for _, n := range e.Names {
-		if !fs.ValidPath(n) {
-			return e, fmt.Errorf("%q is not a name in a tree", n)
-		}
-	}
 	switch e.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		if len(res.Digest) != 1 || !strings.HasPrefix(res.Digest[0], "sha256:") {
-			return e, fmt.Errorf("%q has no sha256", e.Names[0])
+			return e, fmt.Errorf("%q has no sha256", res.Path)
 		}
 		e.SHA256 = res.Digest[0][len("sha256:"):]
 	case unix.S_IFCHR, unix.S_IFBLK:
@@ -201,9 +219,17 @@ func entryOf(res *proto.Resource) (Entry, error) {
 		if x.Name == mtimeXattr {
 			t, err := strconv.ParseInt(string(x.Data), 10, 64)
 			if err != nil {
-				return e, fmt.Errorf("%q: time: %w", e.Names[0], err)
+				return e, fmt.Errorf("%q: time: %w", res.Path, err)
 			}
 			e.MTime, timed = t, true
+			continue
+		}
+		if x.Name == namesXattr {
+			e.Names = strings.Split(string(x.Data), "\x00")
+			continue
+		}
+		if x.Name == targetXattr {
+			e.Target = string(x.Data)
 			continue
 		}
 		if e.Xattrs == nil {
@@ -212,9 +238,22 @@ func entryOf(res *proto.Resource) (Entry, error) {
 		e.Xattrs[x.Name] = string(x.Data)
 	}
 	if !timed {
-		return e, fmt.Errorf("%q has no time", e.Names[0])
+		return e, fmt.Errorf("%q has no time", res.Path)
 	}
-	return e, nil
+	return e, checkNames(e.Names)
+}
+
+// checkNames refuses what is no name in a tree. They may be any bytes.
+func checkNames(names []string) error {
+	if len(names) == 0 {
+		return errors.New("no name")
+	}
+	for _, n := range names {
+		if n != path.Clean(n) || !filepath.IsLocal(n) || strings.ContainsRune(n, 0) {
+			return fmt.Errorf("%q is not a name in a tree", n)
+		}
+	}
+	return nil
 }
 
 // modeBits pairs stat's type and special bits with those of package os.
