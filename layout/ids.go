@@ -60,10 +60,11 @@ func (d BlobDigest) Hex() string { return strings.TrimPrefix(string(d), string(A
 // Digest returns d in the type that the OCI libraries use.
 func (d BlobDigest) Digest() digest.Digest { return digest.Digest(d) }
 
-// NewID returns 32 random hex digits, for a [LayerID], [IntentID] or
-// [LeaseID].
+// NewID returns 24 random hex digits, for a [LayerID], [IntentID] or
+// [LeaseID]. 96 bits never meet by chance, and 128 layers with longer names
+// would not fit into the page that mount(2) has for its options.
 func NewID() string {
-	var b [16]byte
+	var b [12]byte
 	rand.Read(b[:]) // never fails; see crypto/rand
 	return hex.EncodeToString(b[:])
 }

@@ -80,7 +80,8 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return out, err
 }
 
-// changeLabels applies an update in containerd's manner.
+// changeLabels applies an update in containerd's manner: an empty value
+// removes the label.
 func changeLabels(old, new map[string]string, fieldpaths []string) (map[string]string, error) {
 	if len(fieldpaths) == 0 {
 		return maps.Clone(new), nil
@@ -93,6 +94,8 @@ func changeLabels(old, new map[string]string, fieldpaths []string) (map[string]s
 		case f == "labels":
 			out = map[string]string{}
 			maps.Copy(out, new)
+		case one && new[name] == "":
+			delete(out, name)
 		case one:
 			out[name] = new[name]
 		default:
@@ -191,7 +194,7 @@ func (s *Snapshotter) RemoveFor(ctx context.Context, holder layout.Node, key lay
 		}
 		for _, e := range parents {
 			if e.Parent != holder {
-				return fmt.Errorf("snapshot %q is needed by %s: %w", key, e.Parent, errdefs.ErrFailedPrecondition)
+				return fmt.Errorf("remove snapshot %q: %s needs it: %w", key, e.Parent, errdefs.ErrFailedPrecondition)
 			}
 		}
 		return tx.Drop(node)
