@@ -40,6 +40,14 @@ func New(c Config) *Store {
 	return &Store{root: c.Root, db: c.DB, journal: c.Journal, blobs: c.Blobs, unpacker: c.Unpacker, remotes: c.Remotes, turns: newTurns()}
 }
 
+// With returns the same images with another way to registries: one caller's
+// plain HTTP or credentials. Operations on both take turns together.
+func (s *Store) With(remotes *Remotes) *Store {
+	other := *s
+	other.remotes = remotes
+	return &other
+}
+
 // Unpacker makes layer trees. Package snapshotter has one.
 type Unpacker interface {
 	// Begin prepares to unpack an image whose layers have these DiffIDs, the

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"golang.org/x/sys/unix"
+
+	"varve.dev/runtime"
+)
+
+// stateDir is where libcontainer keeps its own notes while the container
+// runs, in the container's directory.
+const stateDir = "libcontainer"
+
+// lifelineFD is the first descriptor after the standard ones.
+const lifelineFD = 3
+
+// run runs the container in dir and returns its exit code. Whatever happens,
+// exit.json says it.
+func run(dir string, lifeline bool) (int, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	spec, err := runtime.Load(dir)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	exit := runtime.Exit{Started: time.Now().UTC()}
+	code, err := runSpec(dir, spec, lifeline, &exit)
+	exit.Code = code
+	exit.Finished = time.Now().UTC()
+	if err != nil {
+		exit.Error = err.Error()
+	}
+	return code, errors.Join(err, exit.Save(dir))
+}
+
+func runSpec(dir string, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) (int, error) {
+	rootfs, err := mountRootfs(dir, spec)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	// The mounts are this process's own and end with it.
+	stubs := missingTargets(rootfs, spec)
+	config, process, err := configure(dir, rootfs, spec)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	if err := os.Mkdir(filepath.Join(dir, stateDir), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return runtime.CodeRuntime, err
+	}
+	container, err := libcontainer.Create(filepath.Join(dir, stateDir), spec.ID, config)
+	if err != nil {
+		return runtime.CodeRuntime, fmt.Errorf("create container: %w", err)
+	}
+	code, err := start(container, process, spec, lifeline, exit)
+	if derr := destroy(container); err == nil && derr != nil {
+		err = fmt.Errorf("clean up: %w", derr)
+	}
+	removeStubs(rootfs, stubs)
+	return code, errors.Join(err, os.RemoveAll(filepath.Join(dir, stateDir)))
+}
+
+// start runs the process to its end.
+func start(c *libcontainer.Container, p *libcontainer.Process, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) (int, error) {
+	// Signals that come before the container is there wait in the channel.
+	signals := make(chan os.Signal, 32)
+	signal.Notify(signals)
+	defer signal.Stop(signals)
+
+	tty, err := attach(p, spec)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	if err := c.Run(p); err != nil {
+		tty.close()
+		return startCode(err), fmt.Errorf("start %q: %w", p.Args[0], err)
+	}
+	oom, err := c.NotifyOOM()
+	if err != nil {
+		oom = nil // a kernel or cgroup without it: the flag stays unset
+	}
+	if err := tty.start(); err != nil {
+		_ = c.Signal(unix.SIGKILL)
+		_, _ = p.Wait()
+		return runtime.CodeRuntime, err
+	}
+	defer tty.close()
+	if lifeline {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.NewFile(lifelineFD, "lifeline"))
+			_ = c.Signal(unix.SIGKILL)
+		}()
+	}
+	go forward(signals, p, tty)
+	state, err := p.Wait()
+	if state == nil {
+		return runtime.CodeRuntime, fmt.Errorf("wait: %w", err)
+	}
+	exit.OOMKilled = drained(oom)
+	status := state.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		exit.Signal = int(status.Signal())
+		return 128 + exit.Signal, nil
+	}
+	return status.ExitStatus(), nil
+}
+
+// startCode is docker's code for a program that could not be started.
+func startCode(err error) int {
+	text := err.Error()
+	switch {
+	case strings.Contains(text, "executable file not found"), strings.Contains(text, "no such file or directory"):
+		return runtime.CodeNotFound
+	case strings.Contains(text, "permission denied"), strings.Contains(text, "exec format error"), strings.Contains(text, "is a directory"):
+		return runtime.CodeNotExecutable
+	}
+	return runtime.CodeRuntime
+}
+
+// drained tells whether the kernel said that it killed for want of memory.
+func drained(oom <-chan struct{}) bool {
+	select {
+	case _, ok := <-oom:
+		return ok
+	case <-time.After(10 * time.Millisecond): // the notice may come after the death
+		return false
+	}
+}
+
+// forward hands signals on to the container's first process.
+func forward(signals <-chan os.Signal, p *libcontainer.Process, tty *terminal) {
+	for s := range signals {
+		switch s {
+		case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE:
+			// About this process: its children, the Go scheduler, a
+			// reader that went away.
+		case unix.SIGWINCH:
+			tty.resize()
+		default:
+			_ = p.Signal(s)
+		}
+	}
+}
+
+// destroyTries bounds the wait for the kernel to let go of a cgroup whose last
+// process has just died.
+const destroyTries = 50
+
+func destroy(c *libcontainer.Container) error {
+	var err error
+	for range destroyTries {
+		if err = c.Destroy(); err == nil {
+			return nil
+		}
+		_ = c.Signal(unix.SIGKILL)
+		time.Sleep(10 * time.Millisecond)
+	}
+	return err
+}

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/moby/profiles/seccomp"
+	"github.com/moby/sys/user"
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runc/libcontainer/specconv"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"varve.dev/runtime"
+)
+
+// defaultPath is what a container's PATH is if nobody says another.
+const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// defaultCaps are docker's (moby, daemon/pkg/oci/caps/defaults.go).
+var defaultCaps = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
+	"CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+}
+
+// masked and readonly are the paths that docker hides and protects (moby,
+// daemon/pkg/oci/defaults.go).
+var (
+	masked = []string{
+		"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+		"/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+		"/sys/devices/virtual/powercap",
+	}
+	readonly = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
+)
+
+// configure makes libcontainer's terms of a spec.
+func configure(dir, rootfs string, s *runtime.Spec) (*configs.Config, *libcontainer.Process, error) {
+	who, err := lookupUser(rootfs, s.User)
+	if err != nil {
+		return nil, nil, err
+	}
+	caps, err := capabilities(s)
+	if err != nil {
+		return nil, nil, err
+	}
+	oci := ociSpec(rootfs, s, caps)
+	if !s.Privileged {
+		oci.Linux.MaskedPaths, oci.Linux.ReadonlyPaths = masked, readonly
+		if oci.Linux.Seccomp, err = seccomp.GetDefaultProfile(oci); err != nil {
+			return nil, nil, fmt.Errorf("seccomp: %w", err)
+		}
+	}
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: s.ID, Spec: oci})
+	if err != nil {
+		return nil, nil, fmt.Errorf("configure: %w", err)
+	}
+	env := append([]string{}, s.Env...)
+	if !hasName(env, "PATH") {
+		env = append(env, defaultPath)
+	}
+	if !hasName(env, "HOME") {
+		env = append(env, "HOME="+who.Home)
+	}
+	if !hasName(env, "HOSTNAME") && s.Hostname != "" {
+		env = append(env, "HOSTNAME="+s.Hostname)
+	}
+	if s.Terminal && !hasName(env, "TERM") {
+		env = append(env, "TERM=xterm")
+	}
+	process := &libcontainer.Process{
+		Args: s.Args, Env: env, Cwd: cwd(s), Init: true,
+		UID: who.Uid, GID: who.Gid, AdditionalGroups: who.Sgids,
+	}
+	return config, process, makeCwd(rootfs, s, who)
+}
+
+func hasName(env []string, name string) bool {
+	return slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
+}
+
+func cwd(s *runtime.Spec) string {
+	if s.Cwd == "" {
+		return "/"
+	}
+	return s.Cwd
+}
+
+// makeCwd makes the working directory if the image lacks it, as docker does.
+func makeCwd(rootfs string, s *runtime.Spec, who *user.ExecUser) error {
+	rel := strings.Trim(cwd(s), "/")
+	if rel == "" || s.Rootfs.Upper == "" {
+		return nil
+	}
+	for _, m := range s.Mounts {
+		if strings.HasPrefix(cwd(s)+"/", m.Target+"/") {
+			return nil
+		}
+	}
+	root, err := os.OpenRoot(rootfs)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if _, err := root.Stat(rel); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return nil // there, or a matter for the container's own start
+	}
+	return root.MkdirAll(rel, 0o755)
+}
+
+// lookupUser finds a user and its groups in the container's own files.
+func lookupUser(rootfs, spec string) (*user.ExecUser, error) {
+	root, err := os.OpenRoot(rootfs)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	open := func(name string) io.Reader {
+		f, err := root.Open(name)
+		if err != nil {
+			return strings.NewReader("")
+		}
+		return f // closed with the process, which becomes a waiting shim
+	}
+	who, err := user.GetExecUser(spec, &user.ExecUser{Home: "/"}, open("etc/passwd"), open("etc/group"))
+	if err != nil {
+		return nil, fmt.Errorf("user %q: %w", spec, err)
+	}
+	return who, nil
+}
+
+// ociSpec is the runtime-spec form of a container.
+func ociSpec(rootfs string, s *runtime.Spec, caps []string) *specs.Spec {
+	sets := &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
+	oci := &specs.Spec{
+		Version:  specs.Version,
+		Root:     &specs.Root{Path: rootfs, Readonly: s.ReadOnly || s.Rootfs.Upper == ""},
+		Hostname: s.Hostname,
+		Process:  &specs.Process{Args: s.Args, Cwd: cwd(s), Terminal: s.Terminal, Capabilities: sets},
+		Mounts:   mounts(s),
+		Linux: &specs.Linux{
+			CgroupsPath: "/varve/" + s.ID,
+			Namespaces: []specs.LinuxNamespace{
+				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace},
+			},
+			Resources: resources(s),
+		},
+	}
+	if s.Network != runtime.HostNetwork {
+		oci.Linux.Namespaces = append(oci.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+	}
+	if cgroups.IsCgroup2UnifiedMode() {
+		oci.Linux.Namespaces = append(oci.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	}
+	return oci
+}
+
+func mounts(s *runtime.Spec) []specs.Mount {
+	readOnly := "ro"
+	if s.Privileged {
+		readOnly = "rw"
+	}
+	all := []specs.Mount{
+		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", readOnly}},
+		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{readOnly, "nosuid", "noexec", "nodev"}},
+		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=67108864"}},
+	}
+	if s.Network == runtime.HostNetwork {
+		// A sysfs of its own would show another network than the one that
+		// the container is in.
+		all[3] = specs.Mount{Destination: "/sys", Type: "bind", Source: "/sys", Options: []string{"rbind", "nosuid", "noexec", "nodev", readOnly}}
+		all = slices.Delete(all, 4, 5)
+	}
+	for _, m := range s.Mounts {
+		options := append([]string{}, m.Options...)
+		if m.Type == "bind" {
+			options = append(options, "rbind")
+		}
+		if m.ReadOnly {
+			options = append(options, "ro")
+		}
+		all = append(all, specs.Mount{Destination: m.Target, Type: m.Type, Source: m.Source, Options: options})
+	}
+	return all
+}
+
+// cpuPeriod is the kernel's default scheduling period in microseconds.
+const cpuPeriod = 100_000
+
+func resources(s *runtime.Spec) *specs.LinuxResources {
+	r := &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: s.Privileged, Access: "rwm"}}}
+	if s.Memory > 0 {
+		r.Memory = &specs.LinuxMemory{Limit: &s.Memory}
+		if swapAccounted() {
+			r.Memory.Swap = &s.Memory
+		}
+	}
+	if s.NanoCPUs > 0 {
+		period := uint64(cpuPeriod)
+		quota := s.NanoCPUs * cpuPeriod / 1e9
+		r.CPU = &specs.LinuxCPU{Period: &period, Quota: &quota}
+	}
+	if s.PidsLimit > 0 {
+		r.Pids = &specs.LinuxPids{Limit: &s.PidsLimit}
+	}
+	return r
+}
+
+// swapAccounted tells whether the kernel can limit memory and swap together.
+func swapAccounted() bool {
+	if cgroups.IsCgroup2UnifiedMode() {
+		return true
+	}
+	_, err := os.Stat("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+	return err == nil
+}
+
+// capabilities applies what is added and dropped to docker's set, within what
+// this process has itself.
+func capabilities(s *runtime.Spec) ([]string, error) {
+	known := knownCaps()
+	set := defaultCaps
+	if s.Privileged {
+		set = known
+	}
+	parse := func(list []string) (names []string, err error) {
+		for _, c := range list {
+			c = strings.ToUpper(c)
+			if c == "ALL" {
+				names = append(names, known...)
+				continue
+			}
+			if !strings.HasPrefix(c, "CAP_") {
+				c = "CAP_" + c
+			}
+			if !slices.Contains(known, c) {
+				return nil, fmt.Errorf("capability %q is unknown or not to be had here", c)
+			}
+			names = append(names, c)
+		}
+		return names, nil
+	}
+	add, err := parse(s.CapAdd)
+	if err != nil {
+		return nil, err
+	}
+	drop, err := parse(s.CapDrop)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, c := range known {
+		if slices.Contains(add, c) || slices.Contains(set, c) && !slices.Contains(drop, c) {
+			out = append(out, c)
+		}
+	}
+	return out, nil
+}
+
+// knownCaps are the capabilities in this process's bounding set: no container
+// can have more.
+func knownCaps() []string {
+	var out []string
+	for number, name := range capNames {
+		if v, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, uintptr(number), 0, 0, 0); err == nil && v == 1 {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// capNames are in the order of their numbers (capability.h).
+var capNames = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
+	"CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
+	"CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
+	"CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
+	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
+	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
+	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+}

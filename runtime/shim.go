@@ -1,0 +1,155 @@
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"varve.dev/errdefs"
+)
+
+// shimName is the file name of the shim's binary.
+const shimName = "varve-runtime"
+
+// FindShim returns the path of the shim: what VARVE_RUNTIME names, the one
+// beside this program, or the one in PATH. Errors: ErrNotFound.
+func FindShim() (string, error) {
+	if path := os.Getenv("VARVE_RUNTIME"); path != "" {
+		return path, nil
+	}
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), shimName)
+		if fi, err := os.Stat(beside); err == nil && fi.Mode().IsRegular() {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath(shimName)
+	if err != nil {
+		return "", fmt.Errorf("%s is neither beside this program nor in PATH: %w", shimName, errdefs.ErrNotFound)
+	}
+	return path, nil
+}
+
+// command returns the shim of the container in dir, ready to be started with
+// a mount namespace of its own, which package syscall makes private.
+func command(shim, dir string, args ...string) *exec.Cmd {
+	cmd := exec.Command(shim, append([]string{"run"}, append(args, dir)...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
+	return cmd
+}
+
+// forwarded are the signals that a foreground container gets instead of the
+// command that runs it.
+var forwarded = []os.Signal{
+	unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2,
+}
+
+// Foreground runs the container in dir with this process's standard streams
+// and signals, and returns its exit code. The shim, and the container with it,
+// goes on if this process is killed.
+func Foreground(shim, dir string) (int, error) {
+	cmd := command(shim, dir)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, forwarded...)
+	defer signal.Stop(signals)
+	if err := cmd.Start(); err != nil {
+		return 0, fmt.Errorf("start %s: %w: %w", shim, err, errdefs.ErrUnavailable)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	for {
+		select {
+		case s := <-signals:
+			// What a terminal sends goes to the whole foreground group,
+			// and so has reached the shim already.
+			if !fromTerminal(s) {
+				_ = cmd.Process.Signal(s)
+			}
+		case err := <-done:
+			return exitCode(cmd, err)
+		}
+	}
+}
+
+// fromTerminal tells whether the signal is one that the keyboard makes while
+// this process is in the terminal's foreground.
+func fromTerminal(s os.Signal) bool {
+	if s != unix.SIGINT && s != unix.SIGQUIT {
+		return false
+	}
+	group, err := unix.IoctlGetInt(int(os.Stdin.Fd()), unix.TIOCGPGRP)
+	return err == nil && group == unix.Getpgrp()
+}
+
+func exitCode(cmd *exec.Cmd, err error) (int, error) {
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return 0, fmt.Errorf("shim: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	status := cmd.ProcessState.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		return 0, fmt.Errorf("shim was ended by signal %s: %w", status.Signal(), errdefs.ErrAborted)
+	}
+	return status.ExitStatus(), nil
+}
+
+// Executor runs build steps: containers that live as long as the call.
+type Executor struct {
+	Shim string
+	Dir  string // where the steps' directories are made
+}
+
+// killWait is how long a cancelled step's shim may take to end; it only has to
+// kill and clean up.
+const killWait = 30 * time.Second
+
+// Run runs a step and returns what became of it. When ctx ends the step is
+// killed with everything it started, and nothing of it is left when Run
+// returns. The step ends too if this process dies.
+func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer) (Exit, error) {
+	dir, err := os.MkdirTemp(x.Dir, "step-")
+	if err != nil {
+		return Exit{}, fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	defer os.RemoveAll(dir)
+	if err := spec.Save(dir); err != nil {
+		return Exit{}, err
+	}
+	lifeline, ours, err := os.Pipe()
+	if err != nil {
+		return Exit{}, fmt.Errorf("step: %w: %w", err, errdefs.ErrResourceExhausted)
+	}
+	defer ours.Close()
+	cmd := command(x.Shim, dir, "--lifeline")
+	cmd.ExtraFiles = []*os.File{lifeline}
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	cmd.SysProcAttr.Setsid = true // a terminal's signals are the build's, not the step's
+	err = cmd.Start()
+	lifeline.Close()
+	if err != nil {
+		return Exit{}, fmt.Errorf("start %s: %w: %w", x.Shim, err, errdefs.ErrUnavailable)
+	}
+	stop := context.AfterFunc(ctx, func() {
+		ours.Close()
+		time.AfterFunc(killWait, func() { _ = cmd.Process.Kill() })
+	})
+	defer stop()
+	_, err = exitCode(cmd, cmd.Wait())
+	if ctx.Err() != nil {
+		return Exit{}, ctx.Err()
+	}
+	if err != nil {
+		return Exit{}, err
+	}
+	return ReadExit(dir)
+}
