@@ -16,6 +16,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/fsck"
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -55,7 +56,15 @@ func (o *opened) close() error {
 	if err = errors.Join(err, o.root.Close()); err != nil {
 		return err
 	}
-	_ = path
+	report, err := fsck.Run(context.Background(), fsck.Options{Root: path, Level: layout.Deep})
+	if err != nil {
+		return err
+	}
+	if report.ExitCode() != 0 {
+		var text bytes.Buffer
+		report.WriteText(&text)
+		return errors.New(text.String())
+	}
 	return nil
 }
 
