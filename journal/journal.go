@@ -121,3 +121,6 @@ func bootID() (string, error) {
 	}
 	return strings.TrimSpace(string(data)), nil
 }
+
+// Boot returns the id of this boot, which names the staging folder in use.
+func (j *Journal) Boot() string { return j.boot }

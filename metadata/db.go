@@ -203,3 +203,7 @@ func kindOf(err error) error {
 	}
 	return errdefs.ErrUnknown
 }
+
+// ForCheck returns the open bbolt database, for package fsck to read while the
+// store is in use.
+func (db *DB) ForCheck() *bolt.DB { return db.bolt }

@@ -148,3 +148,6 @@ func (t Table[K, R]) Empty() bool {
 	k, _ := t.bucket.Cursor().First()
 	return k == nil
 }
+
+// Len returns the number of records. Its cost grows with them.
+func (t Table[K, R]) Len() int { return t.bucket.Stats().KeyN }

@@ -17,6 +17,8 @@ import (
 const (
 	configFile = "config.json"
 	exitFile   = "exit.json"
+	// LockFile is locked exclusively (flock) while the shim lives.
+	LockFile = "lock"
 )
 
 // Spec says what a container is to be.

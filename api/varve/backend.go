@@ -94,7 +94,7 @@ type Registry struct {
 	// a Dockerfile's FROM, for example.
 	PlainHTTPHosts []string `json:"plainHTTPHosts,omitempty"`
 	HostsDir       string   `json:"hostsDir,omitempty"` // folder of <host>/hosts.toml
-	Auth      *Auth  `json:"auth,omitempty"`     // nil: the docker config file of whoever has the store open
+	Auth           *Auth    `json:"auth,omitempty"`     // nil: the docker config file of whoever has the store open
 }
 
 // Auth is a user's credentials for one registry.

@@ -35,6 +35,14 @@ func run(dir string, lifeline bool) (int, error) {
 	if err != nil {
 		return runtime.CodeRuntime, err
 	}
+	lock, err := os.OpenFile(filepath.Join(dir, runtime.LockFile), os.O_CREATE|os.O_RDONLY, 0o600)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return runtime.CodeRuntime, fmt.Errorf("container %s runs already: %w", spec.ID, err)
+	}
 	exit := runtime.Exit{Started: time.Now().UTC()}
 	code, err := runSpec(dir, spec, lifeline, &exit)
 	exit.Code = code

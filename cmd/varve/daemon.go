@@ -1,0 +1,54 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"varve.dev/daemon"
+)
+
+// shutdownTimeout is how long a daemon that was told to end waits for calls
+// under way. What is cut off then is resumed or rolled back at the next start.
+const shutdownTimeout = 30 * time.Second
+
+func newDaemon(g *globals) *cobra.Command {
+	var listen string
+	cmd := &cobra.Command{
+		Use:   "daemon",
+		Short: "Keep the store open and serve it on a socket",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := g.settings()
+			if err != nil {
+				return err
+			}
+			ctx := cmd.Context()
+			socket := filepath.Join(c.State, daemon.DaemonSocket)
+			if listen != "" {
+				if socket, err = daemon.SocketPath(listen); err != nil {
+					return err
+				}
+			}
+			e, err := daemon.Open(ctx, daemon.Options{Root: c.Root, State: c.State})
+			if err != nil {
+				return err
+			}
+			server, err := daemon.Listen(socket, e)
+			if err != nil {
+				return errors.Join(err, e.Close(ctx))
+			}
+			fmt.Fprintf(cmd.ErrOrStderr(), "varve: serving %s on unix://%s\n", c.Root, socket)
+			<-ctx.Done()
+			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+			defer cancel()
+			return errors.Join(server.Close(end), e.Close(end))
+		},
+	}
+	cmd.Flags().StringVar(&listen, "listen", "", "socket to serve on, unix:///path (default: "+daemon.DaemonSocket+" in the state directory)")
+	return cmd
+}

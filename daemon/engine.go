@@ -1,0 +1,156 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"varve.dev/api/varve"
+	"varve.dev/content"
+	"varve.dev/durable"
+	"varve.dev/errdefs"
+	"varve.dev/image"
+	"varve.dev/internal/version"
+	"varve.dev/journal"
+	"varve.dev/layout"
+	"varve.dev/metadata"
+	"varve.dev/runtime/containers"
+	"varve.dev/snapshotter"
+)
+
+// Options for [Open].
+type Options struct {
+	Root     string // the store's directory, made if it is not there
+	State    string // for sockets
+	Embedded bool   // in a command, not in a daemon
+}
+
+// Engine is an open store with everything that works on it. It implements
+// varve.Backend.
+type Engine struct {
+	options    Options
+	root       *durable.Root
+	db         *metadata.DB
+	journal    *journal.Journal
+	blobs      *content.Store
+	snaps      *snapshotter.Snapshotter
+	images     *image.Store
+	containers *containers.Store
+	found      journal.Recovery
+}
+
+var _ varve.Backend = (*Engine)(nil)
+
+// rootPerm lets nobody but root list a store; containers reach their trees
+// through mounts.
+const rootPerm = 0o711
+
+// Open opens the store at options.Root, makes it if it is not there, and
+// recovers it. Errors: metadata.ErrLocked; ErrFailedPrecondition for a format
+// that is not known; Corrupt; ErrUnavailable.
+func Open(ctx context.Context, options Options) (*Engine, error) {
+	root, err := durable.Create(options.Root, rootPerm)
+	if err != nil {
+		return nil, err
+	}
+	e := &Engine{options: options, root: root}
+	if err := e.open(ctx); err != nil {
+		return nil, errors.Join(err, e.closeParts())
+	}
+	return e, nil
+}
+
+func (e *Engine) open(ctx context.Context) (err error) {
+	if err = journal.Create(e.root); err != nil {
+		return err
+	}
+	if e.db, err = metadata.Open(e.root, metadata.Options{}); err != nil {
+		return err
+	}
+	if e.journal, e.found, err = journal.Open(ctx, e.root, e.db); err != nil {
+		return err
+	}
+	e.blobs = content.New(e.root, e.db, e.journal)
+	e.snaps = snapshotter.New(e.root, e.db, e.journal, e.blobs)
+	e.containers = containers.New(e.root, e.db, e.journal, e.snaps)
+	e.images = image.New(image.Config{
+		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs,
+		Unpacker: unpacker{e.snaps}, Remotes: image.NewRemotes(image.RemoteOptions{Credentials: image.DockerCredentials("")}),
+	})
+	return nil
+}
+
+// unpacker hands snapshotter's Unpack on as the interface that image declares.
+type unpacker struct{ snaps *snapshotter.Snapshotter }
+
+func (u unpacker) Begin(ctx context.Context, lease *metadata.Lease, chain []layout.DiffID, barrier *durable.Barrier) (image.Unpack, error) {
+	return u.snaps.Begin(ctx, lease, chain, barrier)
+}
+
+// Close deletes what was removed, as long as ctx allows, and closes the store.
+// The next owner goes on where it was cut off.
+func (e *Engine) Close(ctx context.Context) error {
+	if err := e.journal.Drain(ctx); err != nil && ctx.Err() == nil {
+		return errors.Join(err, e.closeParts())
+	}
+	return e.closeParts()
+}
+
+// closeParts closes what is open, from the top down.
+func (e *Engine) closeParts() error {
+	var all []error
+	for _, part := range []io.Closer{e.journalCloser(), e.dbCloser(), e.root} {
+		if part != nil {
+			all = append(all, part.Close())
+		}
+	}
+	return errors.Join(all...)
+}
+
+func (e *Engine) journalCloser() io.Closer {
+	if e.journal == nil {
+		return nil
+	}
+	return e.journal
+}
+
+func (e *Engine) dbCloser() io.Closer {
+	if e.db == nil {
+		return nil
+	}
+	return e.db
+}
+
+// Info implements varve.Backend.
+func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
+	info := varve.Info{
+		Version: version.Version, Root: e.root.Path("."), StoreID: e.db.Meta().ID, Format: e.db.Meta().Format,
+		Embedded: e.options.Embedded, PID: unix.Getpid(), FileSys: e.root.FileSystem(),
+	}
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err == nil {
+		info.Kernel = unix.ByteSliceToString(uts.Release[:])
+	}
+	for _, purpose := range e.found.Finished {
+		info.Recovered = append(info.Recovered, "finished: "+purpose)
+	}
+	for _, dir := range e.found.Adopted {
+		info.Recovered = append(info.Recovered, "kept, though nothing names it: "+dir)
+	}
+	for _, dir := range e.found.Stranded {
+		info.Recovered = append(info.Recovered, "stands only in staging (G2): "+dir)
+	}
+	if e.found.Discarded > 0 {
+		info.Recovered = append(info.Recovered, fmt.Sprintf("discarded %d unfinished trees", e.found.Discarded))
+	}
+	err := e.db.View(ctx, func(tx *metadata.Tx) error {
+		info.Images, info.Layers, info.Blobs = tx.Images().Len(), tx.Layers().Len(), tx.Blobs().Len()
+		return nil
+	})
+	return info, err
+}
+
+var errLater = fmt.Errorf("not in this version: %w", errdefs.ErrNotImplemented)

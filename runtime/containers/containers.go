@@ -1,0 +1,140 @@
+// Package containers makes and removes containers in a store: the record, the
+// writable snapshot and the directory that the shim is given.
+//
+// Owns containers/<id> and the records of containers. It must not know of
+// images: it is told the snapshot to stand on. It is apart from package
+// runtime so that the shim's binary does not carry the store.
+//
+// Invariants kept: C1, C2. Crash story: the directory and the snapshot, held
+// by a lease, come first, the record last; what a crash leaves of an unrecorded
+// container is an empty snapshot, which recovery drops with the lease, and a
+// directory, which is reported and kept.
+package containers
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"varve.dev/durable"
+	"varve.dev/errdefs"
+	"varve.dev/journal"
+	"varve.dev/layout"
+	"varve.dev/metadata"
+	"varve.dev/runtime"
+	"varve.dev/snapshotter"
+)
+
+// Store is the containers of one open store.
+type Store struct {
+	root    *durable.Root
+	db      *metadata.DB
+	journal *journal.Journal
+	snaps   *snapshotter.Snapshotter
+}
+
+// New returns the containers of the store that the arguments belong to.
+func New(root *durable.Root, db *metadata.DB, j *journal.Journal, snaps *snapshotter.Snapshotter) *Store {
+	return &Store{root: root, db: db, journal: j, snaps: snaps}
+}
+
+// Create makes a container on the committed snapshot parent ("" for an empty
+// root). spec's ID and Rootfs are filled in here. It returns the id and the
+// directory for the shim. Errors: ErrAlreadyExists for a name that is taken;
+// ErrInvalidArgument; ErrNotFound for the parent.
+func (s *Store) Create(ctx context.Context, image string, parent layout.SnapshotKey, spec runtime.Spec) (layout.ContainerID, string, error) {
+	var b [32]byte
+	rand.Read(b[:])
+	id := layout.ContainerID(hex.EncodeToString(b[:]))
+	spec.ID = string(id)
+	if spec.Hostname == "" {
+		spec.Hostname = string(id[:12])
+	}
+	lease := s.db.NewLease("create container " + string(id[:12]))
+	defer lease.Release(ctx)
+	if err := lease.Make(ctx); err != nil {
+		return "", "", err
+	}
+	key := layout.SnapshotKey("container:" + id)
+	if err := s.snaps.PrepareFor(ctx, lease.Node(), key, parent); err != nil {
+		return "", "", fmt.Errorf("create container: %w", err)
+	}
+	tree, err := s.snaps.Tree(ctx, key)
+	if err != nil {
+		return "", "", err
+	}
+	spec.Rootfs = runtime.Rootfs{Lowers: tree.Lowers, Upper: tree.Upper, Work: tree.Work}
+	dir := layout.ContainerPath(id)
+	if err := s.root.MkdirAll(dir, 0o700); err != nil {
+		return "", "", err
+	}
+	err = spec.Save(s.root.Path(dir))
+	if err == nil {
+		err = s.record(ctx, id, image, key, spec.Name)
+	}
+	if err != nil {
+		return "", "", errors.Join(err, s.root.RemoveAll(dir))
+	}
+	return id, s.root.Path(dir), nil
+}
+
+// record makes the container real, if its name is free.
+func (s *Store) record(ctx context.Context, id layout.ContainerID, image string, key layout.SnapshotKey, name string) error {
+	return s.db.Update(ctx, func(tx *metadata.Tx) error {
+		err := tx.Containers().Each("", func(other layout.ContainerID, c layout.ContainerRecord) error {
+			if name != "" && c.Name == name {
+				return fmt.Errorf("container name %q is taken by %s: %w", name, other[:12], errdefs.ErrAlreadyExists)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		rec := layout.ContainerRecord{Name: name, Image: image, Snapshot: key, Created: time.Now().UTC()}
+		if err := tx.Containers().Put(id, rec); err != nil {
+			return err
+		}
+		return tx.Link(layout.Edge{Parent: layout.ContainerNode(id), Rel: layout.RelRootfs, Child: layout.SnapshotNode(key)})
+	})
+}
+
+// Remove removes a container with its writable layer. Errors: ErrNotFound;
+// ErrFailedPrecondition while it runs.
+func (s *Store) Remove(ctx context.Context, id layout.ContainerID) error {
+	if err := s.stopped(id); err != nil {
+		return err
+	}
+	err := s.db.Update(ctx, func(tx *metadata.Tx) error {
+		if !tx.Containers().Has(id) {
+			return fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
+		}
+		return tx.Drop(layout.ContainerNode(id))
+	})
+	if err == nil {
+		s.journal.Kick()
+	}
+	return err
+}
+
+// stopped tells by the shim's lock whether the container runs.
+func (s *Store) stopped(id layout.ContainerID) error {
+	f, err := os.Open(filepath.Join(s.root.Path(layout.ContainerPath(id)), runtime.LockFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // never started
+	}
+	if err != nil {
+		return fmt.Errorf("container %s: %w: %w", id, err, errdefs.ErrUnavailable)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("container %s is running: %w", id, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
