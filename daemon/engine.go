@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"golang.org/x/sys/unix"
 
 	"varve.dev/api/varve"
+	"varve.dev/builder"
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
@@ -17,6 +19,7 @@ import (
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
+	"varve.dev/runtime"
 	"varve.dev/runtime/containers"
 	"varve.dev/snapshotter"
 )
@@ -39,6 +42,8 @@ type Engine struct {
 	snaps      *snapshotter.Snapshotter
 	images     *image.Store
 	containers *containers.Store
+	builder    *builder.Builder
+	scratch    string // for what lives as long as a call
 	found      journal.Recovery
 }
 
@@ -80,6 +85,17 @@ func (e *Engine) open(ctx context.Context) (err error) {
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs,
 		Unpacker: unpacker{e.snaps}, Remotes: image.NewRemotes(image.RemoteOptions{Credentials: image.DockerCredentials("")}),
 	})
+	// On the state directory's file system, beside the sockets: none of it
+	// outlives the process.
+	if err := os.MkdirAll(e.options.State, 0o700); err != nil {
+		return fmt.Errorf("state directory: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	if e.scratch, err = os.MkdirTemp(e.options.State, "scratch-"); err != nil {
+		return fmt.Errorf("state directory: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	e.builder = builder.New(builder.Config{
+		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch,
+	})
 	return nil
 }
 
@@ -102,6 +118,9 @@ func (e *Engine) Close(ctx context.Context) error {
 // closeParts closes what is open, from the top down.
 func (e *Engine) closeParts() error {
 	var all []error
+	if e.scratch != "" {
+		all = append(all, os.RemoveAll(e.scratch))
+	}
 	for _, part := range []io.Closer{e.journalCloser(), e.dbCloser(), e.root} {
 		if part != nil {
 			all = append(all, part.Close())
@@ -152,5 +171,3 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 	})
 	return info, err
 }
-
-var errLater = fmt.Errorf("not in this version: %w", errdefs.ErrNotImplemented)

@@ -131,3 +131,15 @@ func syncPath(path string) error {
 	defer d.Close()
 	return d.Sync()
 }
+
+// FileSystem names the file system that the root is on, for people.
+func (r *Root) FileSystem() string {
+	names := map[int64]string{
+		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs",
+		unix.TMPFS_MAGIC: "tmpfs", unix.OVERLAYFS_SUPER_MAGIC: "overlay",
+	}
+	if name, ok := names[r.fsType]; ok {
+		return name
+	}
+	return fmt.Sprintf("type %#x", r.fsType)
+}

@@ -70,6 +70,9 @@ type LayerRecord struct {
 	Size     int64      `json:"size"`     // bytes of disk the tree takes
 	Inodes   int64      `json:"inodes"`
 	Created  time.Time  `json:"created"`
+	// Export is the blob that a built layer was last written as; the blob
+	// may be gone by now.
+	Export *ocispec.Descriptor `json:"export,omitempty"`
 }
 
 // SnapshotKind tells what may be done with a snapshot.

@@ -55,8 +55,10 @@ type Rootfs struct {
 
 // Mount puts something into the container.
 type Mount struct {
-	Type     string   `json:"type"` // "bind" or "tmpfs"
+	Type string `json:"type"` // "bind", "tmpfs" or "overlay"
+	// Source is the path to bind, on the host; of an overlay, the path in it.
 	Source   string   `json:"source,omitempty"`
+	Overlay  *Rootfs  `json:"overlay,omitempty"`
 	Target   string   `json:"target"` // absolute in the container
 	ReadOnly bool     `json:"readOnly,omitempty"`
 	Options  []string `json:"options,omitempty"`
@@ -91,8 +93,8 @@ func (s *Spec) Validate() error {
 		return bad("has a negative limit")
 	}
 	for _, m := range s.Mounts {
-		if m.Type != "bind" && m.Type != "tmpfs" {
-			return bad("mount type %q is not bind or tmpfs", m.Type)
+		if m.Type != "bind" && m.Type != "tmpfs" && (m.Type != "overlay" || m.Overlay == nil) {
+			return bad("mount type %q is not bind, tmpfs or overlay with its parts", m.Type)
 		}
 		if !filepath.IsAbs(m.Target) || filepath.Clean(m.Target) == "/" {
 			return bad("mount target %q is not an absolute path below the root", m.Target)

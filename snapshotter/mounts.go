@@ -108,3 +108,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 func bind(dir, mode string) []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: dir, Options: []string{"rbind", mode}}}
 }
+
+// OverlayOptions returns the options that every overlay of this store is
+// mounted with, besides its directories.
+func OverlayOptions() []string { return append([]string{}, overlayOptions...) }

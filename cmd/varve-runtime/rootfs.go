@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	securejoin "github.com/cyphar/filepath-securejoin"
 	"golang.org/x/sys/unix"
 
 	"varve.dev/runtime"
@@ -28,23 +29,51 @@ func mountRootfs(dir string, spec *runtime.Spec) (string, error) {
 	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return "", err
 	}
-	r := spec.Rootfs
+	return target, mountTree(spec.Rootfs, target)
+}
+
+// mountTree mounts layers at target: bound where there is only one.
+func mountTree(r runtime.Rootfs, target string) error {
 	switch {
 	case len(r.Lowers) == 0:
-		return target, bindMount(r.Upper, target, 0)
+		return bindMount(r.Upper, target, 0)
 	case len(r.Lowers) == 1 && r.Upper == "":
-		return target, bindMount(r.Lowers[0], target, unix.MOUNT_ATTR_RDONLY)
+		return bindMount(r.Lowers[0], target, unix.MOUNT_ATTR_RDONLY)
 	}
 	if r.Work != "" {
 		// A commit takes the work directory away; overlay wants one.
 		if err := os.Mkdir(r.Work, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
-			return "", err
+			return err
 		}
 	}
 	if err := mountOverlay(r, target); err != nil {
-		return "", fmt.Errorf("mount overlay of %d layers: %w", len(r.Lowers), err)
+		return fmt.Errorf("mount overlay of %d layers: %w", len(r.Lowers), err)
 	}
-	return target, nil
+	return nil
+}
+
+// mountOverlays mounts the overlays among a container's mounts beside its
+// root, and turns them into binds of the paths wanted in them.
+func mountOverlays(dir string, spec *runtime.Spec) error {
+	for i := range spec.Mounts {
+		m := &spec.Mounts[i]
+		if m.Type != "overlay" {
+			continue
+		}
+		at := filepath.Join(dir, fmt.Sprintf("overlay-%d", i))
+		if err := os.Mkdir(at, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		if err := mountTree(*m.Overlay, at); err != nil {
+			return fmt.Errorf("mount at %s: %w", m.Target, err)
+		}
+		source, err := securejoin.SecureJoin(at, m.Source)
+		if err != nil {
+			return fmt.Errorf("mount at %s: %w", m.Target, err)
+		}
+		m.Type, m.Source = "bind", source
+	}
+	return nil
 }
 
 // ownNamespace makes sure that no mount made here is seen elsewhere. Whoever

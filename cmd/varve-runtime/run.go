@@ -58,6 +58,9 @@ func runSpec(dir string, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) 
 	if err != nil {
 		return runtime.CodeRuntime, err
 	}
+	if err := mountOverlays(dir, spec); err != nil {
+		return runtime.CodeRuntime, err
+	}
 	// The mounts are this process's own and end with it.
 	stubs := missingTargets(rootfs, spec)
 	config, process, err := configure(dir, rootfs, spec)

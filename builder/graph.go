@@ -1,0 +1,102 @@
+package builder
+
+import (
+	"fmt"
+
+	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
+
+	"varve.dev/errdefs"
+)
+
+// graph is an LLB definition, checked. Vertices are named by the digests of
+// their bytes, so it has no circles.
+type graph struct {
+	root     edge
+	vertices map[digest.Digest]*vertex
+}
+
+// edge is one output of a vertex.
+type edge struct {
+	vertex digest.Digest
+	output int
+}
+
+// vertex is one operation.
+type vertex struct {
+	digest digest.Digest
+	op     *pb.Op
+	meta   *pb.OpMetadata
+	inputs []edge
+	line   string // "Dockerfile:7", or "" where nothing is known
+}
+
+// maxVertices bounds what a frontend may hand over.
+const maxVertices = 100_000
+
+// loadGraph reads a definition. The last of its vertices has no operation; it
+// points to the result. Errors: ErrInvalidArgument.
+func loadGraph(def *pb.Definition) (*graph, error) {
+	if len(def.Def) > maxVertices {
+		return nil, fmt.Errorf("definition has %d vertices, more than %d: %w", len(def.Def), maxVertices, errdefs.ErrInvalidArgument)
+	}
+	g := &graph{vertices: map[digest.Digest]*vertex{}}
+	var last *vertex
+	for i, data := range def.Def {
+		v := &vertex{digest: digest.FromBytes(data), op: &pb.Op{}}
+		if err := proto.Unmarshal(data, v.op); err != nil {
+			return nil, fmt.Errorf("vertex %d of the definition: %w: %w", i, err, errdefs.ErrInvalidArgument)
+		}
+		for _, in := range v.op.Inputs {
+			d := digest.Digest(in.Digest)
+			if g.vertices[d] == nil {
+				return nil, fmt.Errorf("vertex %s uses %s, which does not come before it: %w", v.digest, d, errdefs.ErrInvalidArgument)
+			}
+			if in.Index < 0 {
+				return nil, fmt.Errorf("vertex %s uses output %d: %w", v.digest, in.Index, errdefs.ErrInvalidArgument)
+			}
+			v.inputs = append(v.inputs, edge{d, int(in.Index)})
+		}
+		v.meta = def.Metadata[string(v.digest)]
+		v.line = lineOf(def, v.digest)
+		g.vertices[v.digest] = v
+		last = v
+	}
+	if last == nil || last.op.Op != nil || len(last.inputs) != 1 {
+		return nil, fmt.Errorf("the definition does not end in its result: %w", errdefs.ErrInvalidArgument)
+	}
+	g.root = last.inputs[0]
+	return g, nil
+}
+
+// lineOf is where in the Dockerfile a vertex comes from.
+func lineOf(def *pb.Definition, d digest.Digest) string {
+	if def.Source == nil || def.Source.Locations[string(d)] == nil {
+		return ""
+	}
+	for _, l := range def.Source.Locations[string(d)].Locations {
+		if int(l.SourceIndex) < len(def.Source.Infos) && len(l.Ranges) > 0 {
+			return fmt.Sprintf("%s:%d", def.Source.Infos[l.SourceIndex].Filename, l.Ranges[0].Start.Line)
+		}
+	}
+	return ""
+}
+
+// name is what people call the vertex.
+func (v *vertex) name() string {
+	if v.meta != nil {
+		if n := v.meta.Description["llb.customname"]; n != "" {
+			return n
+		}
+	}
+	switch op := v.op.Op.(type) {
+	case *pb.Op_Source:
+		return op.Source.Identifier
+	case *pb.Op_Exec:
+		return fmt.Sprintf("%q", op.Exec.Meta.GetArgs())
+	case *pb.Op_File:
+		return fmt.Sprintf("file operation of %d actions", len(op.File.Actions))
+	}
+	return v.digest.Encoded()[:12]
+}

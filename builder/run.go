@@ -1,0 +1,386 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/moby/buildkit/solver/pb"
+
+	"varve.dev/errdefs"
+	"varve.dev/layout"
+	"varve.dev/runtime"
+	"varve.dev/snapshotter"
+)
+
+// step is one operation being carried out.
+type step struct {
+	s       *session
+	v       *vertex
+	key     string // definition key
+	content string // content key, or ""
+	inputs  []layout.SnapshotKey
+}
+
+// prepare makes a writable snapshot on an input. It goes with the build's
+// lease if it is not committed.
+func (t *step) prepare(ctx context.Context, on layout.SnapshotKey) (layout.SnapshotKey, snapshotter.Tree, error) {
+	key := layout.SnapshotKey("step:" + layout.NewID())
+	if err := t.s.b.Snaps.PrepareFor(ctx, t.s.lease.Node(), key, on); err != nil {
+		return "", snapshotter.Tree{}, err
+	}
+	tree, err := t.s.b.Snaps.Tree(ctx, key)
+	return key, tree, err
+}
+
+// discard removes a writable snapshot that came to nothing.
+func (t *step) discard(active layout.SnapshotKey) {
+	_ = t.s.b.Snaps.RemoveFor(context.Background(), t.s.lease.Node(), active)
+}
+
+// commit makes the writable snapshots the outputs of the step and stores the
+// result in the cache; the last of them in one publication with the records.
+func (t *step) commit(ctx context.Context, actives []layout.SnapshotKey) (outputs, error) {
+	out := outputs{key: t.key}
+	if t.content != "" {
+		out.key = t.content
+	}
+	for range actives {
+		out.snapshots = append(out.snapshots, layout.SnapshotKey("build:"+layout.NewID()))
+	}
+	for i, active := range actives {
+		var extend func(*layout.IntentRecord)
+		if i == len(actives)-1 {
+			extend = func(in *layout.IntentRecord) { in.Cache = t.records(out) }
+		}
+		if err := t.s.b.Snaps.CommitFor(ctx, t.s.lease.Node(), out.snapshots[i], active, extend); err != nil {
+			return outputs{}, err
+		}
+	}
+	return out, nil
+}
+
+// records are the step's rows in the cache.
+func (t *step) records(out outputs) []layout.CacheMake {
+	now := time.Now().UTC()
+	makes := []layout.CacheMake{{Key: out.key, Record: layout.CacheRecord{
+		Snapshots: out.snapshots, Created: now, LastUse: now, Description: t.v.name(),
+	}}}
+	if out.key != t.key {
+		makes = append(makes, layout.CacheMake{Key: t.key, Record: layout.CacheRecord{
+			Alias: out.key, Created: now, LastUse: now, Description: t.v.name(),
+		}})
+	}
+	return makes
+}
+
+// exec runs a command.
+func (t *step) exec(ctx context.Context, op *pb.ExecOp) (out outputs, err error) {
+	if op.Security == pb.SecurityMode_INSECURE {
+		return out, fmt.Errorf("RUN --security=insecure is not granted: %w", errdefs.ErrPermissionDenied)
+	}
+	e := &execution{step: t, op: op, byOutput: map[int64]layout.SnapshotKey{}}
+	defer func() { e.end(err) }()
+	if err := e.mounts(ctx); err != nil {
+		return out, err
+	}
+	if err := e.run(ctx); err != nil {
+		return out, err
+	}
+	actives := make([]layout.SnapshotKey, len(e.byOutput))
+	for i := range actives {
+		active, ok := e.byOutput[int64(i)]
+		if !ok {
+			return out, fmt.Errorf("the step has no output %d: %w", i, errdefs.ErrInvalidArgument)
+		}
+		actives[i] = active
+	}
+	return t.commit(ctx, actives)
+}
+
+// execution is a command with its mounts.
+type execution struct {
+	*step
+	op       *pb.ExecOp
+	spec     runtime.Spec
+	actives  []layout.SnapshotKey
+	byOutput map[int64]layout.SnapshotKey
+	unlock   []func()
+	scratch  []string
+}
+
+// end lets go of everything. After an error what was written goes too.
+func (e *execution) end(err error) {
+	for _, f := range e.unlock {
+		f()
+	}
+	for _, dir := range e.scratch {
+		_ = os.RemoveAll(dir)
+	}
+	for _, active := range e.actives {
+		kept := false
+		for _, out := range e.byOutput {
+			kept = kept || out == active
+		}
+		if err != nil || !kept {
+			e.discard(active)
+		}
+	}
+}
+
+// mounts prepares all mounts, parents before what lies in them.
+func (e *execution) mounts(ctx context.Context) error {
+	list := slices.Clone(e.op.Mounts)
+	slices.SortStableFunc(list, func(a, b *pb.Mount) int { return len(path.Clean(a.Dest)) - len(path.Clean(b.Dest)) })
+	for _, m := range list {
+		var err error
+		switch m.MountType {
+		case pb.MountType_BIND:
+			err = e.bind(ctx, m)
+		case pb.MountType_CACHE:
+			err = e.cache(ctx, m)
+		case pb.MountType_TMPFS:
+			options := []string{}
+			if size := m.TmpfsOpt.GetSize(); size > 0 {
+				options = append(options, fmt.Sprintf("size=%d", size))
+			}
+			e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "tmpfs", Target: m.Dest, Options: options})
+		case pb.MountType_SECRET:
+			if !m.SecretOpt.GetOptional() {
+				err = fmt.Errorf("secret %q was not given: %w", m.SecretOpt.GetID(), errdefs.ErrNotFound)
+			}
+		case pb.MountType_SSH:
+			if !m.SSHOpt.GetOptional() {
+				err = fmt.Errorf("ssh agent %q was not given: %w", m.SSHOpt.GetID(), errdefs.ErrNotFound)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *execution) input(m *pb.Mount) (layout.SnapshotKey, error) {
+	if m.Input < 0 {
+		return "", nil
+	}
+	if int(m.Input) >= len(e.inputs) {
+		return "", fmt.Errorf("mount %s has no input %d: %w", m.Dest, m.Input, errdefs.ErrInvalidArgument)
+	}
+	return e.inputs[m.Input], nil
+}
+
+// bind mounts an input: for writing on a layer of its own, which is an output
+// or is thrown away.
+func (e *execution) bind(ctx context.Context, m *pb.Mount) error {
+	on, err := e.input(m)
+	if err != nil {
+		return err
+	}
+	var tree snapshotter.Tree
+	if m.Readonly && on != "" {
+		tree, err = e.s.b.Snaps.Tree(ctx, on)
+	} else {
+		var active layout.SnapshotKey
+		active, tree, err = e.prepare(ctx, on)
+		if err == nil {
+			e.actives = append(e.actives, active)
+			if m.Output >= 0 && !m.Readonly {
+				e.byOutput[m.Output] = active
+			}
+		}
+	}
+	if err != nil {
+		return err
+	}
+	parts := runtime.Rootfs{Lowers: tree.Lowers, Upper: tree.Upper, Work: tree.Work}
+	if path.Clean(m.Dest) == "/" {
+		e.spec.Rootfs = parts
+		e.spec.ReadOnly = m.Readonly
+		return nil
+	}
+	e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{
+		Type: "overlay", Overlay: &parts, Source: "/" + m.Selector, Target: m.Dest, ReadOnly: m.Readonly,
+	})
+	return nil
+}
+
+// cache mounts a directory that stays from build to build.
+func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
+	if m.Input >= 0 {
+		if on, err := e.input(m); err != nil || on != "" {
+			return errors.Join(err, fmt.Errorf("cache mount %s with contents to begin with (from=): %w", m.Dest, errdefs.ErrNotImplemented))
+		}
+	}
+	k := newKeyHash("cachemount")
+	k.add(m.CacheOpt.GetID())
+	rel := path.Join(layout.CacheMountDir, k.sum())
+	switch m.CacheOpt.GetSharing() {
+	case pb.CacheSharingOpt_LOCKED:
+		unlock, err := e.s.b.mounts.lock(ctx, rel)
+		if err != nil {
+			return err
+		}
+		e.unlock = append(e.unlock, unlock)
+	case pb.CacheSharingOpt_PRIVATE:
+		unlock, free := e.s.b.mounts.try(rel)
+		if !free {
+			// Somebody has it: an empty one for this step alone.
+			dir, err := os.MkdirTemp(e.s.b.Scratch, "cache-")
+			if err != nil {
+				return fmt.Errorf("cache mount: %w: %w", err, errdefs.ErrUnavailable)
+			}
+			e.scratch = append(e.scratch, dir)
+			e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: dir, Target: m.Dest, ReadOnly: m.Readonly})
+			return nil
+		}
+		e.unlock = append(e.unlock, unlock)
+	}
+	if err := e.s.b.Root.MkdirAll(rel, 0o755); err != nil {
+		return err
+	}
+	e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: e.s.b.Root.Path(rel), Target: m.Dest, ReadOnly: m.Readonly})
+	return nil
+}
+
+// run starts the command and waits for it.
+func (e *execution) run(ctx context.Context) error {
+	meta := e.op.Meta
+	if meta == nil {
+		return fmt.Errorf("the step has no command: %w", errdefs.ErrInvalidArgument)
+	}
+	e.spec.ID = "build-" + layout.NewID()
+	e.spec.Args, e.spec.Env, e.spec.Cwd, e.spec.User = meta.Args, slices.Clone(meta.Env), meta.Cwd, meta.User
+	e.spec.Hostname = meta.Hostname
+	if e.spec.Hostname == "" {
+		e.spec.Hostname = "buildkitsandbox" // what Dockerfiles see everywhere else
+	}
+	e.proxies(meta.ProxyEnv)
+	if err := e.network(meta); err != nil {
+		return err
+	}
+	x, err := e.s.b.executor()
+	if err != nil {
+		return err
+	}
+	w := &logWriter{e: e}
+	exit, err := x.Run(ctx, e.spec, w, w)
+	if err != nil {
+		return err
+	}
+	if exit.Error != "" {
+		return fmt.Errorf("%s: %w", exit.Error, errdefs.ErrFailedPrecondition)
+	}
+	if exit.Code != 0 && !slices.Contains(meta.ValidExitCodes, int32(exit.Code)) {
+		reason := ""
+		if exit.OOMKilled {
+			reason = " (killed for want of memory)"
+		}
+		return fmt.Errorf("exit code %d%s: %w", exit.Code, reason, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+func (e *execution) proxies(p *pb.ProxyEnv) {
+	if p == nil {
+		return
+	}
+	for name, value := range map[string]string{
+		"HTTP_PROXY": p.HttpProxy, "HTTPS_PROXY": p.HttpsProxy, "FTP_PROXY": p.FtpProxy, "NO_PROXY": p.NoProxy, "ALL_PROXY": p.AllProxy,
+	} {
+		if value != "" {
+			e.spec.Env = append(e.spec.Env, name+"="+value, strings.ToLower(name)+"="+value)
+		}
+	}
+}
+
+// network gives the step the host's network, with the host's names and those
+// of --add-host, or none.
+func (e *execution) network(meta *pb.Meta) error {
+	if e.op.Network == pb.NetMode_NONE {
+		e.spec.Network = runtime.NoNetwork
+		return nil
+	}
+	e.spec.Network = runtime.HostNetwork
+	dir, err := os.MkdirTemp(e.s.b.Scratch, "etc-")
+	if err != nil {
+		return fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	e.scratch = append(e.scratch, dir)
+	extra := ""
+	for _, h := range meta.ExtraHosts {
+		extra += h.IP + "\t" + h.Host + "\n"
+	}
+	for name, more := range map[string]string{"resolv.conf": "", "hosts": extra} {
+		data, err := os.ReadFile("/etc/" + name)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
+		}
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, append(data, more...), 0o644); err != nil {
+			return fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
+		}
+		e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: file, Target: "/etc/" + name, ReadOnly: true})
+	}
+	return nil
+}
+
+// logWriter passes output on as events.
+type logWriter struct{ e *execution }
+
+func (w *logWriter) Write(p []byte) (int, error) {
+	w.e.s.event(Event{ID: string(w.e.v.digest), Name: w.e.v.name(), State: Started, Log: slices.Clone(p)})
+	return len(p), nil
+}
+
+// mountLocks serialise the use of cache mounts in this process, which is the
+// only one that has the store open.
+type mountLocks struct {
+	mu    *sync.Mutex
+	taken map[string]chan struct{}
+}
+
+func newMountLocks() mountLocks { return mountLocks{new(sync.Mutex), map[string]chan struct{}{}} }
+
+func (l *mountLocks) try(name string) (unlock func(), ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.taken[name] != nil {
+		return nil, false
+	}
+	over := make(chan struct{})
+	l.taken[name] = over
+	return func() {
+		l.mu.Lock()
+		delete(l.taken, name)
+		l.mu.Unlock()
+		close(over)
+	}, true
+}
+
+func (l *mountLocks) lock(ctx context.Context, name string) (func(), error) {
+	for {
+		if unlock, ok := l.try(name); ok {
+			return unlock, nil
+		}
+		l.mu.Lock()
+		over := l.taken[name]
+		l.mu.Unlock()
+		if over == nil {
+			continue
+		}
+		select {
+		case <-over:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
