@@ -145,8 +145,8 @@ func (b *Barrier) Wait(covers ...string) error {
 }
 
 func (r *Root) observeCovered(kind OpKind, names []string) {
-	for _, n := range names {
-		r.observe(Op{Kind: kind, Path: n})
+	if len(names) > 0 {
+		r.observe(Op{Kind: kind, Path: names[0], With: names[1:]})
 	}
 }
 

@@ -29,6 +29,9 @@ type Op struct {
 	To   string
 	Off  int64
 	Data []byte // valid during the call only
+	// With names what became durable in the same flush as Path: a crash
+	// shows all of it or none (OpSyncDir, OpBarrier).
+	With []string
 }
 
 // Observer is told of every change that goes through a [Root], after it and
