@@ -2,7 +2,6 @@ package crashsim
 
 import (
 	"io/fs"
-	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -97,31 +96,36 @@ func load(path string, seen map[uint64]*inode) (*inode, error) {
 
 func readAttr(path string, st *unix.Stat_t) (attr, error) {
 	a := attr{mode: st.Mode &^ unix.S_IFMT, uid: int(st.Uid), gid: int(st.Gid), mtime: st.Mtim}
-	buf := make([]byte, 64<<10)
-	n, err := unix.Llistxattr(path, buf)
+	list, err := sized(func(buf []byte) (int, error) { return unix.Llistxattr(path, buf) })
 	if err == unix.ENOTSUP {
 		return a, nil
 	}
 	if err != nil {
 		return a, &fs.PathError{Op: "listxattr", Path: path, Err: err}
 	}
-	for _, name := range strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
+	for name := range strings.SplitSeq(strings.TrimSuffix(list, "\x00"), "\x00") {
 		if name == "" {
 			continue
 		}
-		value := make([]byte, 64<<10)
-		m, err := unix.Lgetxattr(path, name, value)
+		value, err := sized(func(buf []byte) (int, error) { return unix.Lgetxattr(path, name, buf) })
 		if err != nil {
 			return a, &fs.PathError{Op: "getxattr", Path: path, Err: err}
 		}
 		if a.xattrs == nil {
 			a.xattrs = map[string]string{}
 		}
-		a.xattrs[name] = string(value[:m])
+		a.xattrs[name] = value
 	}
 	return a, nil
 }
 
-func (a attr) equal(b attr) bool {
-	return a.mode == b.mode && a.uid == b.uid && a.gid == b.gid && a.mtime == b.mtime && maps.Equal(a.xattrs, b.xattrs)
+// sized asks read for the length of its answer, and then for the answer.
+func sized(read func([]byte) (int, error)) (string, error) {
+	n, err := read(nil)
+	if err != nil || n == 0 {
+		return "", err
+	}
+	buf := make([]byte, n)
+	n, err = read(buf)
+	return string(buf[:max(n, 0)]), err
 }

@@ -13,7 +13,6 @@ type place struct {
 type change struct {
 	from, to *place
 	node     *inode
-	replaced *inode // what to named before, if anything
 }
 
 // note carries out a change in what the running system sees, and keeps it
@@ -23,7 +22,6 @@ func (s *Sim) note(c change) {
 		delete(c.from.dir.names, c.from.name)
 	}
 	if c.to != nil {
-		c.replaced = c.to.dir.names[c.to.name]
 		c.to.dir.names[c.to.name] = c.node
 	}
 	s.pending = append(s.pending, c)
@@ -48,19 +46,14 @@ func (s *Sim) settle(pick func(place) bool) {
 				c.node.syncAttr() // a file comes to be with its attributes
 			}
 			c.to = nil
-			if c.from != nil && c.node.isDir() {
-				// A directory has one place.
-				if c.from.dir.kept[c.from.name] == c.node {
-					delete(c.from.dir.kept, c.from.name)
-				}
-				c.from = nil
+			if c.node.isDir() {
+				// A directory has one place: it left its earlier ones.
+				c.unkeep()
+				rest = leave(rest, c.node)
 			}
 		}
 		if c.from != nil && pick(*c.from) {
-			if c.from.dir.kept[c.from.name] == c.node {
-				delete(c.from.dir.kept, c.from.name)
-			}
-			c.from = nil
+			c.unkeep()
 		}
 		if c.from != nil || c.to != nil {
 			rest = append(rest, c)
@@ -68,6 +61,24 @@ func (s *Sim) settle(pick func(place) bool) {
 	}
 	clear(s.pending[len(rest):])
 	s.pending = rest
+}
+
+// unkeep makes the going of the old name durable.
+func (c *change) unkeep() {
+	if c.from != nil && c.from.dir.kept[c.from.name] == c.node {
+		delete(c.from.dir.kept, c.from.name)
+	}
+	c.from = nil
+}
+
+// leave makes the going of a directory from the places it had before durable.
+func leave(pending []change, dir *inode) []change {
+	return slices.DeleteFunc(pending, func(c change) bool {
+		if c.node == dir {
+			c.unkeep()
+		}
+		return c.node == dir
+	})
 }
 
 // syncDir makes the names in a directory durable.
