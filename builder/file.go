@@ -430,15 +430,21 @@ func copyOptions(a *pb.FileActionCopy, owner copyfs.Chowner) copyfs.Opt {
 	}
 }
 
+// keepSlash cleans a path and keeps what its end says: "dir/" is a directory,
+// "dir/." what is in it.
 func keepSlash(p string) string {
 	clean := filepath.Join("/", p)
+	end := ""
+	switch {
+	case strings.HasSuffix(p, "/."):
+		end = "/."
+	case strings.HasSuffix(p, "/"):
+		end = "/"
+	}
 	if clean == "/" {
-		return clean
+		return clean + strings.TrimPrefix(end, "/")
 	}
-	if strings.HasSuffix(p, "/") || strings.HasSuffix(p, "/.") {
-		clean += "/"
-	}
-	return clean
+	return clean + end
 }
 
 // unpack extracts name into the directory to if it is an archive, compressed

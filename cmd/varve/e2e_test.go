@@ -176,10 +176,10 @@ RUN echo right > /side
 FROM base
 COPY --from=left /side /left
 COPY --from=right /side /right
-COPY --chown=7:8 --chmod=640 kept.txt /in/
+COPY --chown=7:8 --chmod=640 kept.txt /in
 COPY docs/*.md /docs/
 RUN <<EOF
-rm /in/../colour
+rm /made/../colour || rm /colour
 mkdir /made
 EOF
 RUN --mount=type=bind,from=left,target=/mnt --mount=type=tmpfs,target=/t cat /mnt/side > /from-mount && touch /t/x
