@@ -125,6 +125,7 @@ func (j *Journal) claim(ctx context.Context) (map[string]layout.SweepRecord, err
 	if empty, err := j.nothingToSweep(ctx); empty || err != nil {
 		return nil, err
 	}
+	durable.At(layout.PointSweepRecorded)
 	err := j.db.Update(ctx, func(tx *metadata.Tx) error {
 		rows = map[string]layout.SweepRecord{}
 		wanted, err := wantedByIntents(tx)

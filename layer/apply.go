@@ -49,6 +49,7 @@ type Applied struct {
 	sums    map[uint64]string // inode → sha256 of its contents, in hex
 	implied []string
 	links   []link
+	times   []dirTime // of listed directories
 }
 
 // link is a hard link whose target is not in the layer.
@@ -286,10 +287,9 @@ func (a *applier) link(name, target string) error {
 	if err != nil {
 		return err
 	}
-	if there && isWhiteout(&st) {
-		return fmt.Errorf("is a hard link to %q, which this layer removes: %w", target, errdefs.ErrInvalidArgument)
-	}
-	if !there {
+	if !there || isWhiteout(&st) {
+		// In a lower layer; there this layer may take the name away and
+		// keep the file under the new one.
 		a.out.links = append(a.out.links, link{name, clean})
 		return nil
 	}
@@ -316,6 +316,17 @@ func (a *applier) finish() error {
 			return err
 		}
 	}
+	a.out.times = a.times
+	if err := a.out.setTimes(); err != nil {
+		return err
+	}
+	a.out.implied = a.stillImplied()
+	return a.tree.SetDir(".", rootAttr)
+}
+
+// setTimes gives listed directories their times, after anything was put into
+// them.
+func (a *Applied) setTimes() error {
 	for _, d := range a.times {
 		st, there, err := a.tree.Lstat(d.name)
 		if err != nil {
@@ -327,8 +338,7 @@ func (a *applier) finish() error {
 			}
 		}
 	}
-	a.out.implied = a.stillImplied()
-	return a.tree.SetDir(".", rootAttr)
+	return nil
 }
 
 // stillImplied leaves out directories that the stream listed after all.

@@ -45,8 +45,9 @@ func lookup(parents []Parent, name string) (*Entry, Parent, bool) {
 // that no parent has; others as they come.
 func (a *Applied) Resolve(parents []Parent) error {
 	buf := make([]byte, copyBuffer)
+	moved := map[string]string{} // targets this layer takes away, to where they are now
 	for _, l := range a.links {
-		if err := a.copyUp(parents, l, buf); err != nil {
+		if err := a.copyUp(parents, l, moved, buf); err != nil {
 			return fmt.Errorf("hard link %q: %w", l.name, err)
 		}
 	}
@@ -61,7 +62,7 @@ func (a *Applied) Resolve(parents []Parent) error {
 			return fmt.Errorf("directory %q: %w", dir, err)
 		}
 	}
-	return nil
+	return errors.Join(a.setTimes(), a.tree.SetDir(".", rootAttr))
 }
 
 // dressDir gives an implied directory its lower layer's attributes.
@@ -83,29 +84,38 @@ func attrOfEntry(e *Entry) durable.Attr {
 	return attr
 }
 
-func (a *Applied) copyUp(parents []Parent, l link, buf []byte) error {
-	_, there, err := a.tree.Lstat(l.target)
+func (a *Applied) copyUp(parents []Parent, l link, moved map[string]string, buf []byte) error {
+	st, there, err := a.tree.Lstat(l.target)
 	if err != nil {
 		return err
 	}
-	if !there {
-		e, p, found := lookup(parents, l.target)
-		if !found {
-			return fmt.Errorf("its target %q is in no layer below: %w", l.target, errdefs.ErrInvalidArgument)
-		}
-		if err := a.copyEntry(e, p, l.target, buf); err != nil {
-			return err
-		}
+	gone := there && isWhiteout(&st)
+	if there && !gone {
+		return a.tree.Link(l.name, l.target)
+	}
+	if at, ok := moved[l.target]; ok {
+		return a.tree.Link(l.name, at)
+	}
+	e, p, found := lookup(parents, l.target)
+	if !found {
+		return fmt.Errorf("its target %q is in no layer below: %w", l.target, errdefs.ErrInvalidArgument)
+	}
+	if gone {
+		moved[l.target] = l.name
+		return a.copyEntry(e, p, l.target, l.name, buf)
+	}
+	if err := a.copyEntry(e, p, l.target, l.target, buf); err != nil {
+		return err
 	}
 	return a.tree.Link(l.name, l.target)
 }
 
-// copyEntry copies a file of a parent to the same name in this tree.
-func (a *Applied) copyEntry(e *Entry, p Parent, name string, buf []byte) error {
+// copyEntry copies the file from of a parent to name in this tree.
+func (a *Applied) copyEntry(e *Entry, p Parent, from, name string, buf []byte) error {
 	attr := attrOfEntry(e)
 	switch e.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		src, err := openIn(p.Dir, name)
+		src, err := openIn(p.Dir, from)
 		if err != nil {
 			return err
 		}
@@ -115,7 +125,7 @@ func (a *Applied) copyEntry(e *Entry, p Parent, name string, buf []byte) error {
 			return err
 		}
 		if size != e.Size {
-			return &errdefs.Corrupt{Invariant: "L4", Object: filepath.Join(p.Dir, name), Detail: "its size is not that of the file manifest"}
+			return &errdefs.Corrupt{Invariant: "L4", Object: filepath.Join(p.Dir, from), Detail: "its size is not that of the file manifest"}
 		}
 		a.sums[ino] = e.SHA256
 		return nil

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -162,4 +163,28 @@ type countWriter struct{ n int64 }
 func (c *countWriter) Write(p []byte) (int, error) {
 	c.n += int64(len(p))
 	return len(p), nil
+}
+
+// ReadImage returns the manifest and the config of an image, the first where
+// it has several.
+func ReadImage(t testing.TB, img Image) (m ocispec.Manifest, config ocispec.Image) {
+	t.Helper()
+	read := func(d digest.Digest, into any) {
+		data, err := os.ReadFile(BlobPath(img.Dir, d))
+		if err == nil {
+			err = json.Unmarshal(data, into)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	target := img.Target
+	if target.MediaType == ocispec.MediaTypeImageIndex {
+		var index ocispec.Index
+		read(target.Digest, &index)
+		target = index.Manifests[0]
+	}
+	read(target.Digest, &m)
+	read(m.Config.Digest, &config)
+	return m, config
 }
