@@ -1,0 +1,63 @@
+package archtest
+
+import (
+	"fmt"
+	"io"
+	"strings"
+)
+
+// storey is one level: its packages import only from the levels below.
+type storey struct {
+	packages []string
+	owns     string
+}
+
+// storeys from the bottom up. A package that ends in /... stands for all below
+// it.
+var storeys = []storey{
+	{[]string{"errdefs", "internal/version"}, "error kinds; the version of a build"},
+	{[]string{"durable"}, "permanence: the one door to rename, sync and create"},
+	{[]string{"durable/crashsim", "layout"}, "what a power cut could leave (tests only); the format in constants and words"},
+	{[]string{"metadata", "fsck", "layer"}, "the database; the witness; tar stream ⇄ tree, file manifests"},
+	{[]string{"journal"}, "publications, removals, recovery"},
+	{[]string{"content"}, "blobs and ingests"},
+	{[]string{"snapshotter"}, "overlay2 snapshots"},
+	{[]string{"image", "runtime"}, "names → manifests; containers' specs and shims"},
+	{[]string{"builder/contexttar", "runtime/containers"}, "a build context as a stream; containers in a store"},
+	{[]string{"builder"}, "Dockerfile → LLB → results, build cache, export"},
+	{[]string{"api/varve"}, "varve's own endpoints: translation only"},
+	{[]string{"daemon"}, "opens, recovers, wires, shuts down"},
+	{[]string{"cmd/varve", "cmd/varve-runtime"}, "the command; the shim"},
+}
+
+// rule forbids an import whatever the storeys say.
+type rule struct {
+	from   string // a package of the project
+	never  string // prefix of what it, and all that it imports, must not import
+	reason string
+}
+
+var rules = []rule{
+	{"fsck", "varve.dev/metadata", "a witness that reads through the writer's code repeats its mistakes"},
+	{"fsck", "varve.dev/layer", "the same, for file manifests"},
+	{"fsck", "varve.dev/durable", "it changes nothing"},
+	{"runtime", "github.com/opencontainers/runc", "libcontainer is in the shim's binary alone"},
+	{"cmd/varve-runtime", "github.com/moby/buildkit", "starting a container must not pay for a builder"},
+	{"cmd/varve-runtime", "github.com/containerd/containerd", "nor for registries"},
+	{"cmd/varve-runtime", "go.etcd.io/bbolt", "the shim never opens the store"},
+	{"cmd/varve", "github.com/opencontainers/runc", "libcontainer is in the shim's binary alone"},
+	{"layout", "os", "the law does no I/O"},
+}
+
+// Print writes docs/ARCHITECTURE.md.
+func Print(w io.Writer) {
+	fmt.Fprint(w, "# Storeys\n\nPrinted from `internal/archtest` by `go test ./internal/archtest -update`; tests hold the source to it.\nA package imports only from storeys below its own.\n\n| storey | packages | what they own |\n|---|---|---|\n")
+	for i, s := range storeys {
+		fmt.Fprintf(w, "| %d | `%s` | %s |\n", i, strings.Join(s.packages, "`, `"), s.owns)
+	}
+	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures and imports nothing of varve.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
+	for _, r := range rules {
+		fmt.Fprintf(w, "| `%s` | `%s` | %s |\n", r.from, r.never, r.reason)
+	}
+	fmt.Fprint(w, "\nIn the packages that write a store, only `durable` renames, syncs, removes and opens files for writing. The exceptions are listed with their reasons in `internal/archtest/door_test.go`.\n")
+}
