@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"strings"
 	"sync/atomic"
 	"syscall"
 
@@ -28,6 +30,9 @@ const maxGroup = 256
 // it computed in an earlier run, and does no I/O. ctx is looked at before the
 // update is queued, not after: from then on it is carried out.
 func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
+	if broken := db.broken.Load(); broken != nil {
+		return *broken
+	}
 	if err := db.root.Poisoned(); err != nil {
 		return err
 	}
@@ -93,10 +98,10 @@ func (db *DB) commitGroup(group []*update) {
 // an update that failed, or -1 and what became of all of them.
 func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	failed = -1
-	err = db.protect(func() error {
+	err = db.guard(func() error {
 		return db.bolt.Update(func(tx *bolt.Tx) error {
 			for i, u := range group {
-				if err := db.protect(func() error { return u.fn(&Tx{bolt: tx}) }); err != nil {
+				if err := protect(func() error { return u.fn(&Tx{bolt: tx}) }); err != nil {
 					failed = i
 					return err
 				}
@@ -104,8 +109,8 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 			return nil
 		})
 	})
-	if err != nil && failed < 0 {
-		return failed, db.commitFailed(err)
+	if err != nil && (failed < 0 || db.broken.Load() != nil) {
+		return -1, db.commitFailed(err)
 	}
 	if err == nil {
 		db.commits.add(len(group))
@@ -113,23 +118,33 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	return failed, err
 }
 
-func (db *DB) protect(fn func() error) (err error) {
-	defer catch(&err)
-	return fn()
-}
-
-// commitFailed decides what a commit that did not succeed means. A database
-// that could not grow for want of space wrote nothing that counts and may be
-// tried again; after anything else nobody knows what the disk holds.
+// commitFailed decides what a commit that did not succeed means. A page that
+// could not be written for want of space was not yet part of anything, and the
+// next commit may succeed. After anything else, a failed sync above all, nobody
+// knows what the disk holds.
 func (db *DB) commitFailed(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("commit to %s: %w: %w", db.bolt.Path(), err, errdefs.ErrResourceExhausted)
+	if noSpace(err) {
+		return fmt.Errorf("commit to %s: %w: %w", db.path, err, errdefs.ErrResourceExhausted)
 	}
+	db.root.Poison(fmt.Errorf("commit to %s: %w", db.path, err))
 	if errdefs.AsCorrupt(err) != nil {
 		return err
 	}
-	db.root.Poison(fmt.Errorf("commit to %s: %w", db.bolt.Path(), err))
 	return db.root.Poisoned()
+}
+
+// noSpace tells whether a write or a change of length found the disk full. The
+// same error from a sync is another matter: what it could not write is lost,
+// and bbolt hands it on without the name of a call around it.
+func noSpace(err error) bool {
+	// bbolt keeps only the text of a failure to grow its file. Nothing has
+	// been written by then.
+	if err != nil && strings.HasPrefix(err.Error(), "file resize error:") {
+		return true
+	}
+	var call *fs.PathError
+	return errors.As(err, &call) && call.Op != "sync" &&
+		(errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT))
 }
 
 // commitCounter counts for benchmarks: they explain times by commits.

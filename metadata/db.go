@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -23,11 +24,15 @@ var ErrLocked = fmt.Errorf("the store is open in another process: %w", errdefs.E
 // DB is the open database of one store. One process at a time has it open.
 type DB struct {
 	root    *durable.Root
+	path    string
 	bolt    *bolt.DB
+	file    *os.File // bbolt's own
+	broken  atomic.Pointer[error]
 	meta    layout.MetaRecord
 	queue   chan *update
 	closing chan struct{}
 	done    sync.WaitGroup
+	closed  sync.Once
 	commits commitCounter
 }
 
@@ -37,10 +42,6 @@ type Options struct {
 	// database; zero means do not wait.
 	LockTimeout time.Duration
 }
-
-// shortestLockWait is the least bbolt understands: it takes zero for "wait
-// for ever".
-const shortestLockWait = time.Millisecond
 
 // temporaryDatabase is the name under which a database is made.
 const temporaryDatabase = durable.TempPrefix + layout.DatabaseFile
@@ -54,121 +55,83 @@ func Open(root *durable.Root, opts Options) (*DB, error) {
 			return nil, err
 		}
 	}
-	b, err := openBolt(root.Path(layout.DatabaseFile), max(opts.LockTimeout, shortestLockWait))
+	path := root.Path(layout.DatabaseFile)
+	b, file, err := openBolt(path, opts.LockTimeout, checkPages)
 	if err != nil {
 		return nil, err
 	}
-	db := &DB{root: root, bolt: b, queue: make(chan *update), closing: make(chan struct{})}
+	db := &DB{root: root, path: path, bolt: b, file: file, queue: make(chan *update), closing: make(chan struct{})}
 	if err := db.check(); err != nil {
-		b.Close()
-		return nil, err
+		return nil, errors.Join(err, db.shut())
 	}
 	db.done.Add(1)
 	go db.commitLoop()
 	return db, nil
 }
 
-// openBolt opens the file with the settings that every open of it must share.
-func openBolt(path string, wait time.Duration) (b *bolt.DB, err error) {
-	defer catch(&err)
-	defer faulting()()
-	b, err = bolt.Open(path, 0o600, &bolt.Options{
-		Timeout: wait,
-		// The map keeps the free list at O(log n) for large databases;
-		// it is synced, so that opening one need not scan every page.
-		FreelistType: bolt.FreelistMapType,
-	})
-	switch {
-	case err == nil:
-		return b, nil
-	case errors.Is(err, bolt.ErrTimeout):
-		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("open database: %w: %w", err, errdefs.ErrUnavailable)
-	}
-	return nil, &errdefs.Corrupt{Invariant: "M2", Object: path, Detail: err.Error()}
-}
-
-// create makes a database under a temporary name and publishes it, so that
-// what stands at the final name always has every bucket.
-func create(root *durable.Root) error {
-	// Two processes may come here at once; the lock on the temporary file
-	// lets one of them make it.
-	tmp := root.Path(temporaryDatabase)
-	b, err := openBolt(tmp, 30*time.Second)
-	if err != nil {
-		return fmt.Errorf("create database: %w", err)
-	}
-	defer b.Close()
-	if _, err := os.Lstat(root.Path(layout.DatabaseFile)); err == nil {
-		return nil // the other one was faster
-	}
-	err = b.Update(func(tx *bolt.Tx) error {
-		for _, name := range layout.Buckets() {
-			if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
-				return err
-			}
-		}
-		meta := layout.MetaRecord{Format: layout.FormatVersion, ID: layout.NewID(), Created: time.Now().UTC()}
-		value, err := layout.Encode(layout.MetaKey, meta)
-		if err != nil {
-			return err
-		}
-		return tx.Bucket([]byte(layout.BucketMeta)).Put([]byte(layout.MetaKey), value)
-	})
-	if err != nil {
-		return fmt.Errorf("create database %s: %w: %w", tmp, err, kindOf(err))
-	}
-	durable.At(layout.PointCreateDatabase)
-	if err := root.Publish(temporaryDatabase, layout.DatabaseFile); err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) {
-		return fmt.Errorf("create database: %w", err)
-	}
-	durable.At(layout.PointCreatePublished)
-	return nil
-}
-
-// check is the bounded look at a database that is being opened: the buckets
-// and the store record, whatever the number of records.
-func (db *DB) check() error {
-	return db.View(context.Background(), func(tx *Tx) error {
-		for _, name := range layout.Buckets() {
-			if tx.bolt.Bucket([]byte(name)) == nil {
-				return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.bolt.Path(), Detail: "bucket " + name + " is missing"}
-			}
-		}
-		meta, err := table[string, layout.MetaRecord](tx, layout.BucketMeta).Get(layout.MetaKey)
-		if err != nil {
-			return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.bolt.Path(), Detail: err.Error()}
-		}
-		if meta.Format != layout.FormatVersion {
-			return fmt.Errorf("store %s has format %d, this varve knows format %d: %w",
-				db.root.Path("."), meta.Format, layout.FormatVersion, errdefs.ErrFailedPrecondition)
-		}
-		db.meta = meta
-		return nil
-	})
-}
-
 // Meta returns the store's own record.
 func (db *DB) Meta() layout.MetaRecord { return db.meta }
 
 // Close waits for updates under way and closes the database. Later updates
-// fail with ErrUnavailable.
+// fail with ErrUnavailable; closing again does nothing.
 func (db *DB) Close() error {
-	close(db.closing)
-	db.done.Wait()
+	var err error
+	db.closed.Do(func() {
+		close(db.closing)
+		db.done.Wait()
+		err = db.shut()
+	})
+	return err
+}
+
+// shut closes bbolt. One that has panicked may hold its locks for ever, and
+// is only made to let go of the file.
+func (db *DB) shut() error {
+	if db.broken.Load() != nil {
+		unlock(db.file)
+		return nil
+	}
 	return db.bolt.Close()
 }
 
 // View runs fn in a read-only transaction on the last committed state. What
-// fn gets from the transaction is its own to keep.
-func (db *DB) View(ctx context.Context, fn func(*Tx) error) (err error) {
+// fn gets from the transaction is its own to keep. Errors: those of fn;
+// Corrupt for damage that bbolt or Go ran into.
+func (db *DB) View(ctx context.Context, fn func(*Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	defer catch(&err)
 	defer faulting()()
-	return db.bolt.View(func(tx *bolt.Tx) error { return fn(&Tx{bolt: tx}) })
+	return db.guard(func() error {
+		return db.bolt.View(func(tx *bolt.Tx) error {
+			return protect(func() error { return fn(&Tx{bolt: tx}) })
+		})
+	})
+}
+
+// guard runs a whole transaction of bbolt. A panic that comes through it left
+// bbolt's locks as they were: nothing is asked of it again, since the next
+// call might wait for ever.
+func (db *DB) guard(transaction func() error) error {
+	if broken := db.broken.Load(); broken != nil {
+		return *broken
+	}
+	var ran error
+	err := protect(func() error {
+		ran = transaction()
+		return nil
+	})
+	if err != nil {
+		db.broken.CompareAndSwap(nil, &err)
+		return err
+	}
+	return ran
+}
+
+// protect turns a panic of fn into its error.
+func protect(fn func() error) (err error) {
+	defer catch(&err)
+	return fn()
 }
 
 // catch turns a panic or memory fault from damaged pages into Corrupt. Faults
@@ -190,18 +153,6 @@ func catch(err *error) {
 func faulting() func() {
 	old := debug.SetPanicOnFault(true)
 	return func() { debug.SetPanicOnFault(old) }
-}
-
-// kindOf gives an error from bbolt or from an update the kind it crosses the
-// package with.
-func kindOf(err error) error {
-	if errdefs.AsCorrupt(err) != nil {
-		return errdefs.ErrDataLoss
-	}
-	if errors.Is(err, bolt.ErrDatabaseNotOpen) {
-		return errdefs.ErrUnavailable
-	}
-	return errdefs.ErrUnknown
 }
 
 // ForCheck returns the open bbolt database, for package fsck to read while the
