@@ -153,6 +153,9 @@ const TempPrefix = ".tmp-"
 // After nil name and contents are durable; after an error or a power cut the
 // file has its old contents, or is absent if it had none.
 func (r *Root) WriteFile(rel string, data []byte, perm fs.FileMode) error {
+	if err := r.may(rel); err != nil {
+		return err
+	}
 	tmp := tempName(rel)
 	f, err := r.CreateFile(tmp, perm)
 	if err != nil {
