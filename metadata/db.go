@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"runtime/debug"
 	"sync"
@@ -50,13 +49,14 @@ const temporaryDatabase = durable.TempPrefix + layout.DatabaseFile
 // Errors: [ErrLocked]; Corrupt (M1 to M3) for a damaged one;
 // ErrFailedPrecondition for a format that this code does not know.
 func Open(root *durable.Root, opts Options) (*DB, error) {
-	if _, err := os.Lstat(root.Path(layout.DatabaseFile)); errors.Is(err, fs.ErrNotExist) {
-		if err := create(root); err != nil {
-			return nil, err
-		}
-	}
 	path := root.Path(layout.DatabaseFile)
-	b, file, err := openBolt(path, opts.LockTimeout, checkPages)
+	b, file, err := (*bolt.DB)(nil), (*os.File)(nil), errMade
+	if !made(root) {
+		b, file, err = create(root)
+	}
+	if errors.Is(err, errMade) {
+		b, file, err = openBolt(path, opts.LockTimeout, checkPages)
+	}
 	if err != nil {
 		return nil, err
 	}

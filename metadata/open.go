@@ -99,40 +99,61 @@ func openError(path string, err error) error {
 // errMade ends a creation that another process has done meanwhile.
 var errMade = fmt.Errorf("the database has been made: %w", errdefs.ErrAlreadyExists)
 
+// createWait bounds the wait for another process that makes the same database.
+const createWait = 30 * time.Second
+
 // create makes a database under a temporary name and publishes it, so that
-// what stands at the final name always has every bucket.
-func create(root *durable.Root) error {
-	// Two processes may come here at once; the lock on the temporary file
-	// lets one of them make it, and it is held until the name is durable.
-	// Whoever gets it next finds the database there. What a crash has left
-	// of an earlier try is worth nothing.
+// what stands at the final name always has every bucket. It returns it open:
+// the lock is on the file, not on the name, and nobody gets in between. If
+// another process is faster, the error is errMade.
+func create(root *durable.Root) (*bolt.DB, *os.File, error) {
+	// Whoever gets the lock on the temporary file makes the database. What
+	// a crash has left of an earlier try is worth nothing.
 	tmp := root.Path(temporaryDatabase)
-	b, _, err := openBolt(tmp, createWait, func(f *os.File) error {
-		if _, err := os.Lstat(root.Path(layout.DatabaseFile)); !errors.Is(err, fs.ErrNotExist) {
-			return errMade
+	var b *bolt.DB
+	var file *os.File
+	var err error
+	for deadline := time.Now().Add(createWait); ; time.Sleep(lockInterval) {
+		if made(root) {
+			return nil, nil, errors.Join(errMade, root.Remove(temporaryDatabase))
 		}
-		return f.Truncate(0)
-	})
-	if errors.Is(err, errMade) {
-		return root.Remove(temporaryDatabase)
+		b, file, err = openBolt(tmp, 0, func(f *os.File) error {
+			if made(root) {
+				return errMade
+			}
+			return f.Truncate(0)
+		})
+		if err == nil {
+			break
+		}
+		if retry := errors.Is(err, errMade) || errors.Is(err, ErrLocked); !retry || time.Now().After(deadline) {
+			return nil, nil, fmt.Errorf("create database: %w", err)
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("create database: %w", err)
+	if err := publish(root, b); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("create database: %w", err), b.Close())
 	}
-	defer b.Close()
+	return b, file, nil
+}
+
+// made tells whether the database has its name.
+func made(root *durable.Root) bool {
+	_, err := os.Lstat(root.Path(layout.DatabaseFile))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// publish fills the new database and gives it its name.
+func publish(root *durable.Root, b *bolt.DB) error {
 	if err := b.Update(fill); err != nil {
-		return fmt.Errorf("create database: %w", openError(tmp, err))
+		return openError(b.Path(), err)
 	}
 	durable.At(layout.PointCreateDatabase)
 	if err := root.Publish(temporaryDatabase, layout.DatabaseFile); err != nil {
-		return fmt.Errorf("create database: %w", err)
+		return err
 	}
 	durable.At(layout.PointCreatePublished)
 	return nil
 }
-
-// createWait bounds the wait for another process that makes the same database.
-const createWait = 30 * time.Second
 
 // fill makes the buckets and the store's own record.
 func fill(tx *bolt.Tx) error {
