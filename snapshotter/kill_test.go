@@ -186,8 +186,10 @@ func TestKillAtEveryPoint(t *testing.T) {
 	}
 }
 
-// minimumKills is lowered by nobody without saying why.
-const minimumKills = 40
+// minimumKills is lowered by nobody without saying why. Some runs reach more:
+// how many removals share a round of the sweeper depends on the moment, and
+// with it whether its points come a second and a third time.
+const minimumKills = 36
 
 func killOnce(t *testing.T, point string, count int) (fired bool) {
 	t.Helper()
