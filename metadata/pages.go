@@ -4,8 +4,9 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
-	"io"
 	"os"
+
+	"golang.org/x/sys/unix"
 
 	"varve.dev/errdefs"
 )
@@ -30,10 +31,10 @@ const (
 	noFreelist      = ^uint64(0)
 )
 
-// maxLeavesChecked bounds the leaves that are read when a database is opened:
-// all of a small one (16 MiB), none of a large one. Branch pages, about one in
-// a hundred, are always read.
-const maxLeavesChecked = 4096
+// maxPagesRead is how many pages (16 MiB of them) a database may have whose
+// leaves are read when it is opened. Of a larger one only the branch pages are,
+// about one in a hundred.
+const maxPagesRead = 4096
 
 // maxDepth is more than any tree has: a hundred children a page would make it
 // larger than any disk.
@@ -41,11 +42,11 @@ const maxDepth = 16
 
 // pageChecker reads the structure of one database file.
 type pageChecker struct {
-	file     io.ReaderAt
+	file     *os.File
 	pageSize uint64
 	high     uint64 // pages from here on do not exist
 	used     []uint64
-	leaves   int // leaves that may still be read
+	leaves   bool // leaves are read too
 }
 
 // checkPages looks at what makes a file walkable: its length, the free list,
@@ -56,7 +57,7 @@ func checkPages(f *os.File) error {
 	if err != nil {
 		return fmt.Errorf("database %s: %w: %w", f.Name(), err, errdefs.ErrUnavailable)
 	}
-	c := &pageChecker{file: f, leaves: maxLeavesChecked}
+	c := &pageChecker{file: f}
 	if err := c.check(fi.Size()); err != nil {
 		return &errdefs.Corrupt{Invariant: "M2", Object: "database " + f.Name(), Detail: err.Error()}
 	}
@@ -76,6 +77,7 @@ func (c *pageChecker) check(size int64) error {
 	if have := uint64(size) / m.pageSize; have < m.high {
 		return fmt.Errorf("the file has %d pages, its meta page says %d", have, m.high)
 	}
+	c.leaves = m.high <= maxPagesRead
 	c.used = make([]uint64, m.high/64+1)
 	if m.freelist != noFreelist {
 		if err := c.checkFreelist(m.freelist); err != nil {
@@ -268,10 +270,9 @@ func (c *pageChecker) walk(id uint64, depth, leafDepth int, each func(page, int)
 	if leafDepth < 0 {
 		want = pageBranch | pageLeaf
 	} else if depth >= leafDepth {
-		if c.leaves == 0 {
+		if !c.leaves {
 			return nil
 		}
-		c.leaves--
 		want = pageLeaf
 	}
 	p, err := c.read(id, want)
@@ -284,6 +285,9 @@ func (c *pageChecker) walk(id uint64, depth, leafDepth int, each func(page, int)
 // walkElements checks that keys lie in the page and in order, and goes on
 // below a branch.
 func (c *pageChecker) walkElements(p page, depth, leafDepth int, each func(page, int) error) error {
+	if p.flags == pageBranch && depth+1 < leafDepth {
+		c.prefetch(p)
+	}
 	var last []byte
 	for i := range p.count {
 		var key []byte
@@ -314,6 +318,18 @@ func (c *pageChecker) walkElements(p page, depth, leafDepth int, each func(page,
 		return fmt.Errorf("branch page %d is empty", p.id)
 	}
 	return nil
+}
+
+// prefetch has the kernel read the children of a branch at once: one after the
+// other they take three times as long from a cold disk. It is a hint.
+func (c *pageChecker) prefetch(p page) {
+	for i := range p.count {
+		child, _, err := branchElement(p, i)
+		if err != nil || child >= c.high {
+			return
+		}
+		_ = unix.Fadvise(int(c.file.Fd()), int64(child*c.pageSize), int64(c.pageSize), unix.FADV_WILLNEED)
+	}
 }
 
 func branchElement(p page, i int) (child uint64, key []byte, err error) {
