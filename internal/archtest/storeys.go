@@ -12,8 +12,7 @@ type storey struct {
 	owns     string
 }
 
-// storeys from the bottom up. A package that ends in /... stands for all below
-// it.
+// storeys from the bottom up.
 var storeys = []storey{
 	{[]string{"errdefs", "internal/version"}, "error kinds; the version of a build"},
 	{[]string{"durable"}, "permanence: the one door to rename, sync and create"},
