@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -322,7 +323,9 @@ func describe(t *testing.T, dir string) string {
 		names := make([]byte, 4096)
 		n, err := unix.Llistxattr(p, names)
 		must(t, err)
-		for name := range strings.SplitSeq(strings.TrimSuffix(string(names[:n]), "\x00"), "\x00") {
+		list := strings.Split(strings.TrimSuffix(string(names[:n]), "\x00"), "\x00")
+		slices.Sort(list)
+		for _, name := range list {
 			value := make([]byte, 4096)
 			if m, err := unix.Lgetxattr(p, name, value); err == nil {
 				fmt.Fprintf(&out, " %s=%s", name, value[:m])
