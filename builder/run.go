@@ -16,8 +16,8 @@ import (
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
+	"varve.dev/overlay"
 	"varve.dev/runtime"
-	"varve.dev/snapshotter"
 )
 
 // step is one operation being carried out.
@@ -31,10 +31,10 @@ type step struct {
 
 // prepare makes a writable snapshot on an input. It goes with the build's
 // lease if it is not committed.
-func (t *step) prepare(ctx context.Context, on layout.SnapshotKey) (layout.SnapshotKey, snapshotter.Tree, error) {
+func (t *step) prepare(ctx context.Context, on layout.SnapshotKey) (layout.SnapshotKey, overlay.Tree, error) {
 	key := layout.SnapshotKey("step:" + layout.NewID())
 	if err := t.s.b.Snaps.PrepareFor(ctx, t.s.lease.Node(), key, on); err != nil {
-		return "", snapshotter.Tree{}, err
+		return "", overlay.Tree{}, err
 	}
 	tree, err := t.s.b.Snaps.Tree(ctx, key)
 	return key, tree, err
@@ -185,7 +185,7 @@ func (e *execution) bind(ctx context.Context, m *pb.Mount) error {
 	if err != nil {
 		return err
 	}
-	var tree snapshotter.Tree
+	var tree overlay.Tree
 	if m.Readonly && on != "" {
 		tree, err = e.s.b.Snaps.Tree(ctx, on)
 	} else {
@@ -201,14 +201,13 @@ func (e *execution) bind(ctx context.Context, m *pb.Mount) error {
 	if err != nil {
 		return err
 	}
-	parts := runtime.Rootfs{Lowers: tree.Lowers, Upper: tree.Upper, Work: tree.Work}
 	if path.Clean(m.Dest) == "/" {
-		e.spec.Rootfs = parts
+		e.spec.Rootfs = tree
 		e.spec.ReadOnly = m.Readonly
 		return nil
 	}
 	e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{
-		Type: "overlay", Overlay: &parts, Source: "/" + m.Selector, Target: m.Dest, ReadOnly: m.Readonly,
+		Type: "overlay", Overlay: &tree, Source: "/" + m.Selector, Target: m.Dest, ReadOnly: m.Readonly,
 	})
 	return nil
 }

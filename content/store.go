@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -91,7 +89,7 @@ func (s *Store) Update(ctx context.Context, info ccontent.Info, fieldpaths ...st
 		if err != nil {
 			return err
 		}
-		if rec.Labels, err = changeLabels(rec.Labels, info.Labels, fieldpaths); err != nil {
+		if rec.Labels, err = metadata.ChangeLabels(rec.Labels, info.Labels, fieldpaths); err != nil {
 			return fmt.Errorf("blob %s: %w", key, err)
 		}
 		rec.Updated = time.Now().UTC()
@@ -99,35 +97,6 @@ func (s *Store) Update(ctx context.Context, info ccontent.Info, fieldpaths ...st
 		return tx.Blobs().Put(key, rec)
 	})
 	return out, err
-}
-
-// changeLabels applies an update in containerd's manner: an empty value
-// removes the label.
-func changeLabels(old, new map[string]string, fieldpaths []string) (map[string]string, error) {
-	if len(fieldpaths) == 0 {
-		return maps.Clone(new), nil
-	}
-	out := maps.Clone(old)
-	if out == nil {
-		out = map[string]string{}
-	}
-	for _, f := range fieldpaths {
-		name, one := strings.CutPrefix(f, "labels.")
-		switch {
-		case f == "labels":
-			out = maps.Clone(new)
-			if out == nil {
-				out = map[string]string{}
-			}
-		case one && new[name] == "":
-			delete(out, name)
-		case one:
-			out[name] = new[name]
-		default:
-			return nil, fmt.Errorf("field %q cannot be changed: %w", f, errdefs.ErrInvalidArgument)
-		}
-	}
-	return out, nil
 }
 
 // Walk calls fn for every blob that matches one of the filters, on the state

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -108,7 +109,8 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 	}
 	candidates := []string{ref.String()}
 	if ref.Digest() != "" {
-		if tagged, err := image.ParseRef(withoutDigest(name)); err == nil {
+		tag, _, _ := strings.Cut(name, "@")
+		if tagged, err := image.ParseRef(tag); err == nil {
 			candidates = append(candidates, tagged.String())
 		}
 	}
@@ -128,13 +130,4 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 	}
 	d, err := b.e.images.Inspect(ctx, pulled.Name)
 	return d.Snapshot, err
-}
-
-func withoutDigest(name string) string {
-	for i := range name {
-		if name[i] == '@' {
-			return name[:i]
-		}
-	}
-	return name
 }

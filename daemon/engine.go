@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -121,26 +120,13 @@ func (e *Engine) closeParts() error {
 	if e.scratch != "" {
 		all = append(all, os.RemoveAll(e.scratch))
 	}
-	for _, part := range []io.Closer{e.journalCloser(), e.dbCloser(), e.root} {
-		if part != nil {
-			all = append(all, part.Close())
-		}
+	if e.journal != nil {
+		all = append(all, e.journal.Close())
 	}
-	return errors.Join(all...)
-}
-
-func (e *Engine) journalCloser() io.Closer {
-	if e.journal == nil {
-		return nil
+	if e.db != nil {
+		all = append(all, e.db.Close())
 	}
-	return e.journal
-}
-
-func (e *Engine) dbCloser() io.Closer {
-	if e.db == nil {
-		return nil
-	}
-	return e.db
+	return errors.Join(append(all, e.root.Close())...)
 }
 
 // Info implements varve.Backend.

@@ -110,7 +110,7 @@ func (c *check) checkBlobs() {
 		}
 		for _, e := range entries {
 			rel := path.Join(dir, e.Name())
-			if dir == layout.BlobsDir+"/sha256" && e.IsDir() && c.dirs[rel] != nil || dir == layout.BlobsDir+"/sha256" && isShard(rel) {
+			if isShard(rel) {
 				continue
 			}
 			d := layout.BlobDigest(string(layout.Algorithm) + ":" + e.Name())

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"varve.dev/internal/testkit"
+	"varve.dev/overlay"
 	"varve.dev/runtime"
 )
 
@@ -70,7 +71,7 @@ func box(t *testing.T) runtime.Spec {
 	}
 	id := fmt.Sprintf("test-%d-%d", os.Getpid(), time.Now().UnixNano())
 	t.Cleanup(func() { noLeftovers(t, id, dir) })
-	return runtime.Spec{ID: id, Rootfs: runtime.Rootfs{
+	return runtime.Spec{ID: id, Rootfs: overlay.Tree{
 		Lowers: []string{lower}, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"),
 	}}
 }

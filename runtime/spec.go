@@ -11,6 +11,7 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/overlay"
 )
 
 // Files of a container's directory.
@@ -23,19 +24,19 @@ const (
 
 // Spec says what a container is to be.
 type Spec struct {
-	ID       string   `json:"id"`
-	Name     string   `json:"name,omitempty"`
-	Args     []string `json:"args"`
-	Env      []string `json:"env,omitempty"`
-	Cwd      string   `json:"cwd,omitempty"`  // absolute; empty: "/"
-	User     string   `json:"user,omitempty"` // NAME|UID[:GROUP|GID], looked up in the container
-	Hostname string   `json:"hostname,omitempty"`
-	Rootfs   Rootfs   `json:"rootfs"`
-	ReadOnly bool     `json:"readOnly,omitempty"` // the root file system
-	Mounts   []Mount  `json:"mounts,omitempty"`   // in order, after /proc, /dev and /sys
-	Network  Network  `json:"network,omitempty"`  // empty: none
-	Terminal bool     `json:"terminal,omitempty"` // give it a terminal of its own
-	Stdin    bool     `json:"stdin,omitempty"`    // hand the shim's standard input on
+	ID       string       `json:"id"`
+	Name     string       `json:"name,omitempty"`
+	Args     []string     `json:"args"`
+	Env      []string     `json:"env,omitempty"`
+	Cwd      string       `json:"cwd,omitempty"`  // absolute; empty: "/"
+	User     string       `json:"user,omitempty"` // NAME|UID[:GROUP|GID], looked up in the container
+	Hostname string       `json:"hostname,omitempty"`
+	Rootfs   overlay.Tree `json:"rootfs"`
+	ReadOnly bool         `json:"readOnly,omitempty"` // the root file system
+	Mounts   []Mount      `json:"mounts,omitempty"`   // in order, after /proc, /dev and /sys
+	Network  Network      `json:"network,omitempty"`  // empty: none
+	Terminal bool         `json:"terminal,omitempty"` // give it a terminal of its own
+	Stdin    bool         `json:"stdin,omitempty"`    // hand the shim's standard input on
 
 	Privileged bool     `json:"privileged,omitempty"`
 	CapAdd     []string `json:"capAdd,omitempty"` // "NET_ADMIN" or "CAP_NET_ADMIN", "ALL"
@@ -46,22 +47,15 @@ type Spec struct {
 	PidsLimit int64 `json:"pidsLimit,omitempty"`
 }
 
-// Rootfs are the parts of the container's overlay. Paths are absolute.
-type Rootfs struct {
-	Lowers []string `json:"lowers,omitempty"` // the topmost first
-	Upper  string   `json:"upper,omitempty"`  // empty: nothing can be written
-	Work   string   `json:"work,omitempty"`
-}
-
 // Mount puts something into the container.
 type Mount struct {
 	Type string `json:"type"` // "bind", "tmpfs" or "overlay"
 	// Source is the path to bind, on the host; of an overlay, the path in it.
-	Source   string   `json:"source,omitempty"`
-	Overlay  *Rootfs  `json:"overlay,omitempty"`
-	Target   string   `json:"target"` // absolute in the container
-	ReadOnly bool     `json:"readOnly,omitempty"`
-	Options  []string `json:"options,omitempty"`
+	Source   string        `json:"source,omitempty"`
+	Overlay  *overlay.Tree `json:"overlay,omitempty"`
+	Target   string        `json:"target"` // absolute in the container
+	ReadOnly bool          `json:"readOnly,omitempty"`
+	Options  []string      `json:"options,omitempty"`
 }
 
 // Network is what a container sees of the network.

@@ -11,19 +11,13 @@ import (
 	"varve.dev/errdefs"
 	"varve.dev/layout"
 	"varve.dev/metadata"
+	"varve.dev/overlay"
 )
-
-// Tree says where the parts of a snapshot's overlay stand. Paths are absolute.
-type Tree struct {
-	Lowers []string // read-only layers, the topmost first
-	Upper  string   // where writes go; empty for a view and a committed snapshot
-	Work   string   // overlay's work directory, beside Upper
-}
 
 // Tree returns where the parts of a snapshot stand. A committed snapshot's own
 // layer is the first of Lowers. Errors: ErrNotFound, Corrupt (S1).
-func (s *Snapshotter) Tree(ctx context.Context, key layout.SnapshotKey) (Tree, error) {
-	var t Tree
+func (s *Snapshotter) Tree(ctx context.Context, key layout.SnapshotKey) (overlay.Tree, error) {
+	var t overlay.Tree
 	err := s.db.View(ctx, func(tx *metadata.Tx) error {
 		rec, err := tx.Snapshots().Get(key)
 		if err != nil {
@@ -71,11 +65,6 @@ func (s *Snapshotter) chain(tx *metadata.Tx, key layout.SnapshotKey) ([]string, 
 
 func layerTree(id layout.LayerID) string { return path.Join(layout.LayerPath(id), layout.TreeDir) }
 
-// overlayOptions are fixed whatever the kernel was built with: redirects and
-// metadata-only copies would leave upper directories that mean nothing without
-// the mount they were made in.
-var overlayOptions = []string{"index=off", "metacopy=off", "redirect_dir=off"}
-
 // Mounts returns how to mount a snapshot, in containerd's terms. The option
 // string is past a page for more than some thirty layers; containerd's mount
 // package, and varve's own shim, know how to mount those.
@@ -97,7 +86,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	case t.Upper == "" && len(t.Lowers) == 1:
 		return bind(t.Lowers[0], "ro"), nil
 	}
-	options := append([]string{}, overlayOptions...)
+	options := overlay.Options()
 	if t.Upper != "" {
 		options = append(options, "workdir="+t.Work, "upperdir="+t.Upper)
 	}
@@ -108,7 +97,3 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 func bind(dir, mode string) []mount.Mount {
 	return []mount.Mount{{Type: "bind", Source: dir, Options: []string{"rbind", mode}}}
 }
-
-// OverlayOptions returns the options that every overlay of this store is
-// mounted with, besides its directories.
-func OverlayOptions() []string { return append([]string{}, overlayOptions...) }

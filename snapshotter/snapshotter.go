@@ -3,7 +3,6 @@ package snapshotter
 import (
 	"context"
 	"fmt"
-	"maps"
 	"strings"
 	"time"
 
@@ -70,7 +69,7 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 		if err != nil {
 			return err
 		}
-		if rec.Labels, err = changeLabels(rec.Labels, info.Labels, fieldpaths); err != nil {
+		if rec.Labels, err = metadata.ChangeLabels(rec.Labels, info.Labels, fieldpaths); err != nil {
 			return fmt.Errorf("snapshot %q: %w", key, err)
 		}
 		rec.Updated = time.Now().UTC()
@@ -78,31 +77,6 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 		return tx.Snapshots().Put(key, rec)
 	})
 	return out, err
-}
-
-// changeLabels applies an update in containerd's manner: an empty value
-// removes the label.
-func changeLabels(old, new map[string]string, fieldpaths []string) (map[string]string, error) {
-	if len(fieldpaths) == 0 {
-		return maps.Clone(new), nil
-	}
-	out := map[string]string{}
-	maps.Copy(out, old)
-	for _, f := range fieldpaths {
-		name, one := strings.CutPrefix(f, "labels.")
-		switch {
-		case f == "labels":
-			out = map[string]string{}
-			maps.Copy(out, new)
-		case one && new[name] == "":
-			delete(out, name)
-		case one:
-			out[name] = new[name]
-		default:
-			return nil, fmt.Errorf("field %q cannot be changed: %w", f, errdefs.ErrInvalidArgument)
-		}
-	}
-	return out, nil
 }
 
 // Usage returns the disk space of a snapshot alone, without its parents: of a

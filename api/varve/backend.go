@@ -123,10 +123,10 @@ type PushResult struct {
 	Size   int64  `json:"size"`
 }
 
-// SaveRequest asks for an archive of images.
+// SaveRequest asks for an archive of images: docker's, which is an OCI layout
+// at once.
 type SaveRequest struct {
-	Names  []string `json:"names"`
-	Format string   `json:"format,omitempty"` // "docker" (default; readable as an OCI layout too) or "oci"
+	Names []string `json:"names"`
 }
 
 // TagRequest gives an image another name.

@@ -10,17 +10,13 @@ import (
 	"strings"
 
 	securejoin "github.com/cyphar/filepath-securejoin"
-	"golang.org/x/sys/unix"
 
+	"varve.dev/overlay"
 	"varve.dev/runtime"
 )
 
 // mountRootfs mounts the container's overlay in this process's own mount
 // namespace and returns where.
-//
-// The mount API of Linux 5.2 takes a layer at a time (lowerdir+, Linux 6.5),
-// so that their number is bounded by overlayfs alone, at 500. On older kernels
-// mount(2) takes what fits into a page.
 func mountRootfs(dir string, spec *runtime.Spec) (string, error) {
 	if err := ownNamespace(); err != nil {
 		return "", err
@@ -29,27 +25,7 @@ func mountRootfs(dir string, spec *runtime.Spec) (string, error) {
 	if err := os.Mkdir(target, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return "", err
 	}
-	return target, mountTree(spec.Rootfs, target)
-}
-
-// mountTree mounts layers at target: bound where there is only one.
-func mountTree(r runtime.Rootfs, target string) error {
-	switch {
-	case len(r.Lowers) == 0:
-		return bindMount(r.Upper, target, 0)
-	case len(r.Lowers) == 1 && r.Upper == "":
-		return bindMount(r.Lowers[0], target, unix.MOUNT_ATTR_RDONLY)
-	}
-	if r.Work != "" {
-		// A commit takes the work directory away; overlay wants one.
-		if err := os.Mkdir(r.Work, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
-			return err
-		}
-	}
-	if err := mountOverlay(r, target); err != nil {
-		return fmt.Errorf("mount overlay of %d layers: %w", len(r.Lowers), err)
-	}
-	return nil
+	return target, overlay.Mount(spec.Rootfs, target)
 }
 
 // mountOverlays mounts the overlays among a container's mounts beside its
@@ -64,7 +40,7 @@ func mountOverlays(dir string, spec *runtime.Spec) error {
 		if err := os.Mkdir(at, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
-		if err := mountTree(*m.Overlay, at); err != nil {
+		if err := overlay.Mount(*m.Overlay, at); err != nil {
 			return fmt.Errorf("mount at %s: %w", m.Target, err)
 		}
 		source, err := securejoin.SecureJoin(at, m.Source)
@@ -88,73 +64,6 @@ func ownNamespace() error {
 		return errors.New("started in its caller's mount namespace: it wants one of its own (unshare --mount)")
 	}
 	return nil
-}
-
-func bindMount(source, target string, attr uint64) error {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("bind %s: %w", source, err)
-	}
-	defer unix.Close(fd)
-	if attr != 0 {
-		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: attr}); err != nil {
-			return fmt.Errorf("bind %s: %w", source, err)
-		}
-	}
-	return unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
-}
-
-// fixedOptions keep an upper directory meaningful without the mount that it
-// was made in; the same as snapshotter's.
-var fixedOptions = [][2]string{{"index", "off"}, {"metacopy", "off"}, {"redirect_dir", "off"}}
-
-func mountOverlay(r runtime.Rootfs, target string) error {
-	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return mountOverlayOld(r, target)
-	}
-	defer unix.Close(fsfd)
-	options := append([][2]string{{"source", "overlay"}}, fixedOptions...)
-	for _, lower := range r.Lowers {
-		options = append(options, [2]string{"lowerdir+", lower})
-	}
-	if r.Upper != "" {
-		options = append(options, [2]string{"upperdir", r.Upper}, [2]string{"workdir", r.Work})
-	}
-	for _, o := range options {
-		if err := unix.FsconfigSetString(fsfd, o[0], o[1]); err != nil {
-			if o[0] == "lowerdir+" && errors.Is(err, unix.EINVAL) {
-				return mountOverlayOld(r, target)
-			}
-			return fmt.Errorf("option %s=%s: %w", o[0], o[1], err)
-		}
-	}
-	if err := unix.FsconfigCreate(fsfd); err != nil {
-		return err
-	}
-	mfd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(mfd)
-	return unix.MoveMount(mfd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
-}
-
-// mountOverlayOld is for kernels before 6.5.
-func mountOverlayOld(r runtime.Rootfs, target string) error {
-	var options []string
-	for _, o := range fixedOptions {
-		options = append(options, o[0]+"="+o[1])
-	}
-	options = append(options, "lowerdir="+strings.Join(r.Lowers, ":"))
-	if r.Upper != "" {
-		options = append(options, "upperdir="+r.Upper, "workdir="+r.Work)
-	}
-	data := strings.Join(options, ",")
-	if len(data) >= os.Getpagesize() {
-		return fmt.Errorf("the options take %d bytes, more than the page that this kernel's mount(2) reads; Linux 6.5 has no such limit", len(data))
-	}
-	return unix.Mount("overlay", target, "overlay", 0, data)
 }
 
 // missingTargets returns the mount targets that are not in the root file

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -49,13 +50,13 @@ func newLoad(g *globals) *cobra.Command {
 }
 
 func newSave(g *globals) *cobra.Command {
-	var output, format string
+	var output string
 	cmd := &cobra.Command{
 		Use:   "save [OPTIONS] IMAGE...",
-		Short: "Save images as an archive (tar, on standard output)",
+		Short: "Save images as an archive, docker's and an OCI layout at once (tar, on standard output)",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			req := varve.SaveRequest{Names: args, Format: format}
+			req := varve.SaveRequest{Names: args}
 			save := func(w io.Writer) error {
 				return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error { return j.Save(ctx, req, w) })
 			}
@@ -69,14 +70,13 @@ func newSave(g *globals) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write to a file, not to standard output")
-	cmd.Flags().StringVar(&format, "format", "docker", "docker (readable as an OCI layout too) or oci")
 	return cmd
 }
 
 // saveFile writes beside the file and renames: half an archive never has its
 // name.
 func saveFile(path string, save func(io.Writer) error) error {
-	f, err := os.CreateTemp(dirOf(path), ".varve-save-")
+	f, err := os.CreateTemp(filepath.Dir(path), ".varve-save-")
 	if err != nil {
 		return errUsage("save: %v", err)
 	}

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"path/filepath"
 	"runtime"
 
 	"github.com/spf13/cobra"
@@ -76,5 +75,3 @@ func printJSON(w io.Writer, data string) error {
 	_, err := out.WriteTo(w)
 	return err
 }
-
-func dirOf(path string) string { return filepath.Dir(path) }

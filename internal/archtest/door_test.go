@@ -44,12 +44,14 @@ var exceptions = map[string]string{
 
 	"metadata/open.go os.OpenFile": "the database's own file, which bbolt writes and syncs",
 
-	"builder/file.go":                 "writes into a mounted snapshot, as a container would; its commit hands every file to the barrier",
-	"builder/run.go":                  "a step's hosts file and mount points, in the scratch folder under --state",
-	"builder/thread.go":               "mount points in the scratch folder under --state",
-	"builder/source.go os.CreateTemp": "a Dockerfile from standard input, gone after the build",
-	"builder/source.go os.Remove":     "the same",
+	"builder/fileactions.go":         "writes into a mounted snapshot, as a container would; its commit hands every file to the barrier",
+	"builder/copylocal.go":           "the same, for the build context",
+	"builder/run.go":                 "a step's hosts file and mount points, in the scratch folder under --state",
+	"builder/thread.go":              "mount points in the scratch folder under --state",
+	"builder/local.go os.CreateTemp": "a Dockerfile from standard input, gone after the build",
+	"builder/local.go os.Remove":     "the same",
 
+	"overlay/overlay.go os.Mkdir":      "the work folder of a writable mount, which is no part of the tree and gone before its commit",
 	"runtime/shim.go os.MkdirTemp":     "a step's bundle, in the scratch folder under --state",
 	"runtime/shim.go os.RemoveAll":     "the same",
 	"daemon/build.go":                  "an uploaded context, in the scratch folder under --state",

@@ -14,7 +14,7 @@ type storey struct {
 
 // storeys from the bottom up.
 var storeys = []storey{
-	{[]string{"errdefs", "internal/version"}, "error kinds; the version of a build"},
+	{[]string{"errdefs", "internal/version", "overlay"}, "error kinds; the version of a build; a stack of layers and how to mount it"},
 	{[]string{"durable"}, "permanence: the one door to rename, sync and create"},
 	{[]string{"durable/crashsim", "layout"}, "what a power cut could leave (tests only); the format in constants and words"},
 	{[]string{"metadata", "fsck", "layer"}, "the database; the witness; tar stream ⇄ tree, file manifests"},

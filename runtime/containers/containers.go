@@ -70,7 +70,7 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 	if err != nil {
 		return "", "", err
 	}
-	spec.Rootfs = runtime.Rootfs{Lowers: tree.Lowers, Upper: tree.Upper, Work: tree.Work}
+	spec.Rootfs = tree
 	dir := layout.ContainerPath(id)
 	if err := s.root.MkdirAll(dir, 0o700); err != nil {
 		return "", "", err
