@@ -6,16 +6,22 @@
 // layout and nothing else, and reads the database, the directories and the
 // file manifests (a continuity Manifest message) with code of its own.
 //
-// Offline it opens varve.db read-only. Online it is given the open database
-// and holds no lock while it reads; what changes under it is looked at again
-// before it is reported, and what an open intent, a sweep or a lease names is
-// under way, not wrong.
+// Offline it opens varve.db read-only, and walks its pages before bbolt does.
+// Online it is given the open database and holds no lock while it reads. It
+// lists directories before it reads records, looks a second time at whatever
+// it found, and reports what it saw twice; what an open intent, a sweep or a
+// lease names is under way, not wrong.
 //
 // A database that damage makes panic or fault is a finding, never a crash.
+// What one check has found another does not say again: a blob whose file is
+// missing (B1) has no size (B2), digest (B3) or contents (L3) to be wrong.
 //
-// Memory: the records' names and sizes, and at level deep one file manifest
-// for each worker.
+// A layer's files are reached through the open directory they stand in, links
+// are never followed, and nothing is opened but regular files.
 //
-// Start reading at fsck.go, then records.go for what is loaded, then the
-// checks: database.go, files.go, references.go, deep.go.
+// Memory: the records, and one file manifest for each worker. Run may be
+// called any number of times at once.
+//
+// Start reading at fsck.go, then checks.go for the table of checks by number,
+// then records.go for what is loaded.
 package fsck

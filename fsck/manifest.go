@@ -1,14 +1,19 @@
 package fsck
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
-	"os"
+	"path"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/continuity/proto"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
 	pb "google.golang.org/protobuf/proto"
 
 	"varve.dev/layout"
@@ -37,55 +42,124 @@ type want struct {
 	mtime  int64
 	sha    string
 	target string
-	major  uint64
-	minor  uint64
+	rdev   uint64
 	xattrs map[string]string
 }
 
-// manifestChecks: L3, L6.
-func (c *check) manifestChecks() {
+// summary is what is kept of a file manifest for L3 and L6.
+type summary struct {
+	err    error
+	size   int64
+	inodes int64
+}
+
+// errUnchecked means that the manifest's blob is not whole, which B1 or B2
+// says.
+var errUnchecked = errors.New("the blob of its file manifest is not whole")
+
+// readManifests reads every file manifest once. Layers share them seldom.
+func (c *checker) readManifests() {
+	c.manifests = make(map[layout.LayerID]summary, len(c.rec.layers))
+	var mu sync.Mutex
+	var g errgroup.Group
+	g.SetLimit(c.opts.Workers)
 	for id, rec := range c.rec.layers {
-		object := "layer " + string(id)
-		wants, err := c.manifest(rec.Manifest)
-		if err != nil {
-			c.found("L3", object, layout.BlobPath(rec.Manifest), "%v", err)
-			continue
-		}
-		var size int64
-		for _, w := range wants {
-			switch {
-			case w.mode.IsRegular():
-				size += (w.size + blockSize - 1) / blockSize * blockSize
-			case w.mode.IsDir():
-				size += blockSize
+		g.Go(func() error {
+			if c.ctx.Err() != nil {
+				return nil
 			}
-		}
-		if size != rec.Size || int64(len(wants)) != rec.Inodes {
-			c.found("L6", object, "", "recorded are %d bytes in %d inodes, the file manifest has %d in %d", rec.Size, rec.Inodes, size, len(wants))
+			wants, err := c.manifest(rec.Manifest)
+			s := summary{err: err, inodes: int64(len(wants))}
+			for _, w := range wants {
+				switch {
+				case w.mode.IsRegular():
+					s.size += (w.size + blockSize - 1) / blockSize * blockSize
+				case w.mode.IsDir():
+					s.size += blockSize
+				}
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			c.manifests[id] = s
+			return nil
+		})
+	}
+	_ = g.Wait()
+}
+
+// layerManifest: L3.
+func (c *checker) layerManifest(f found) {
+	for id, s := range c.manifests {
+		if s.err != nil && !errors.Is(s.err, errUnchecked) {
+			f(layerObject(id), "", "file manifest %s: %v", c.rec.layers[id].Manifest, s.err)
 		}
 	}
 }
 
-// manifest reads a file manifest.
-func (c *check) manifest(d layout.BlobDigest) ([]want, error) {
-	if _, ok := c.rec.blobs[d]; !ok {
-		return nil, fmt.Errorf("its file manifest %s is not recorded", d)
+// layerUsage: L6.
+func (c *checker) layerUsage(f found) {
+	for id, s := range c.manifests {
+		if rec := c.rec.layers[id]; s.err == nil && (s.size != rec.Size || s.inodes != rec.Inodes) {
+			f(layerObject(id), "", "recorded are %d bytes in %d inodes, the file manifest has %d in %d", rec.Size, rec.Inodes, s.size, s.inodes)
+		}
 	}
-	data, err := os.ReadFile(c.path(layout.BlobPath(d)))
+}
+
+// maxManifest is more than a layer of ten million files needs.
+const maxManifest = 4 << 30
+
+// manifest reads a file manifest: a continuity Manifest message, field 1 of
+// which is repeated.
+func (c *checker) manifest(d layout.BlobDigest) ([]want, error) {
+	if blobKey(string(d)) != nil || !c.exists(layout.BlobNode(d)) {
+		return nil, errors.New("it is not recorded")
+	}
+	if !c.intact(d) {
+		return nil, errUnchecked
+	}
+	data, err := c.readBlob(d, maxManifest)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errUnchecked
+	}
 	if err != nil {
 		return nil, err
 	}
-	var m proto.Manifest
-	if err := pb.Unmarshal(data, &m); err != nil {
-		return nil, err
-	}
-	out := make([]want, 0, len(m.Resource))
-	for _, r := range m.Resource {
-		w, err := wantOf(r)
+	return decodeManifest(data)
+}
+
+func decodeManifest(data []byte) (out []want, err error) {
+	seen := map[string]bool{}
+	for last := ""; len(data) > 0; last = out[len(out)-1].names[0] {
+		field, kind, n := protowire.ConsumeTag(data)
+		if n < 0 || field != 1 || kind != protowire.BytesType {
+			return nil, fmt.Errorf("entry %d: no resource", len(out))
+		}
+		body, m := protowire.ConsumeBytes(data[n:])
+		if m < 0 {
+			return nil, fmt.Errorf("entry %d: %w", len(out), protowire.ParseError(m))
+		}
+		data = data[n+m:]
+		var r proto.Resource
+		if err := pb.Unmarshal(body, &r); err != nil {
+			return nil, fmt.Errorf("entry %d: %w", len(out), err)
+		}
+		w, err := wantOf(&r)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("entry %d: %w", len(out), err)
+		}
+		if w.names[0] <= last {
+			return nil, fmt.Errorf("entry %d: %q is out of order", len(out), w.names[0])
+		}
+		for _, name := range w.names {
+			if seen[name] {
+				return nil, fmt.Errorf("entry %d: %q for the second time", len(out), name)
+			}
+			seen[name] = true
 		}
 		out = append(out, w)
+	}
+	if !seen["."] {
+		return nil, errors.New("it has no root directory")
 	}
 	return out, nil
 }
@@ -93,7 +167,7 @@ func (c *check) manifest(d layout.BlobDigest) ([]want, error) {
 func wantOf(r *proto.Resource) (want, error) {
 	w := want{
 		names: r.Path, mode: fs.FileMode(r.Mode), uid: r.Uid, gid: r.Gid, size: int64(r.Size),
-		target: r.Target, major: r.Major, minor: r.Minor, xattrs: map[string]string{},
+		target: r.Target, rdev: unix.Mkdev(uint32(r.Major), uint32(r.Minor)), xattrs: map[string]string{},
 	}
 	timed := false
 	for _, x := range r.Xattr {
@@ -112,16 +186,37 @@ func wantOf(r *proto.Resource) (want, error) {
 			w.xattrs[x.Name] = string(x.Data)
 		}
 	}
-	if !timed || len(w.names) == 0 {
-		return w, fmt.Errorf("an entry %q without name or time", r.Path)
+	if !timed {
+		return w, fmt.Errorf("%q has no time", r.Path)
 	}
 	if w.mode.IsRegular() {
-		if len(r.Digest) != 1 {
-			return w, fmt.Errorf("%q has %d digests", r.Path, len(r.Digest))
+		sum := ""
+		if len(r.Digest) == 1 {
+			sum = r.Digest[0]
 		}
-		w.sha = strings.TrimPrefix(r.Digest[0], "sha256:")
+		if err := blobKey(sum); err != nil {
+			return w, fmt.Errorf("%q: %w", r.Path, err)
+		}
+		w.sha = layout.BlobDigest(sum).Hex()
 	}
-	return w, nil
+	return w, checkNames(w)
+}
+
+// checkNames refuses what is no name in a tree, a root that is no directory,
+// and a directory with two names.
+func checkNames(w want) error {
+	if len(w.names) == 0 {
+		return errors.New("it has no name")
+	}
+	for _, n := range w.names {
+		if n != path.Clean(n) || !filepath.IsLocal(n) || strings.ContainsRune(n, 0) {
+			return fmt.Errorf("%q is no name in a tree", n)
+		}
+		if n == "." && !w.mode.IsDir() || len(w.names) > 1 && w.mode.IsDir() {
+			return fmt.Errorf("%q: mode %v with %d names", n, w.mode, len(w.names))
+		}
+	}
+	return nil
 }
 
 // modeOf converts what lstat says to the manifest's terms.

@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -26,45 +26,15 @@ type records struct {
 	containers map[layout.ContainerID]layout.ContainerRecord
 	leases     map[layout.LeaseID]layout.LeaseRecord
 	cache      map[string]layout.CacheRecord
-	byUse      map[string]time.Time
+	byUse      map[string][]time.Time
 	edges      map[layout.Edge]bool // as stored child first
 	back       map[layout.Edge]bool // as stored parent first
 	intents    map[layout.IntentID]layout.IntentRecord
 	sweeps     map[string]layout.SweepRecord
-}
 
-// openTimeout is how long another process may take to let go of the database.
-const openTimeout = 200 * time.Millisecond
-
-// load reads the database. nil records without an error mean that it is too
-// damaged to go on, which is a finding by then.
-func (c *check) load() (rec *records, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			c.found("M1", "database", layout.DatabaseFile, "reading it ends in %v", r)
-			rec, err = nil, nil
-		}
-	}()
-	db := c.opts.DB
-	if db == nil {
-		path := c.path(layout.DatabaseFile)
-		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("no %s: %w", layout.DatabaseFile, errdefs.ErrNotFound)
-		}
-		db, err = bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: openTimeout})
-		if errors.Is(err, bolt.ErrTimeout) {
-			return nil, fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
-		}
-		if err != nil {
-			c.found("M2", "database", layout.DatabaseFile, "%v", err)
-			return nil, nil
-		}
-		defer db.Close()
-	}
-	rec = newRecords()
-	err = db.View(func(tx *bolt.Tx) error { return c.read(tx, rec) })
-	return rec, err
+	// unreadable are records that are there and do not decode (M1). That
+	// what they name seems to be named by nobody is not said again.
+	unreadable map[string]bool // bucket + "/" + key
 }
 
 func newRecords() *records {
@@ -73,104 +43,195 @@ func newRecords() *records {
 		layerKeys: map[string]layout.LayerID{}, snapshots: map[layout.SnapshotKey]layout.SnapshotRecord{},
 		images: map[string]layout.ImageRecord{}, containers: map[layout.ContainerID]layout.ContainerRecord{},
 		leases: map[layout.LeaseID]layout.LeaseRecord{}, cache: map[string]layout.CacheRecord{},
-		byUse: map[string]time.Time{}, edges: map[layout.Edge]bool{}, back: map[layout.Edge]bool{},
+		byUse: map[string][]time.Time{}, edges: map[layout.Edge]bool{}, back: map[layout.Edge]bool{},
 		intents: map[layout.IntentID]layout.IntentRecord{}, sweeps: map[string]layout.SweepRecord{},
+		unreadable: map[string]bool{},
 	}
 }
 
-// read copies every bucket, reporting what does not decode (M1 to M3).
-func (c *check) read(tx *bolt.Tx, rec *records) error {
-	for _, name := range layout.Buckets() {
-		if tx.Bucket([]byte(name)) == nil {
-			c.found("M2", "database", layout.DatabaseFile, "bucket %s is missing", name)
+// damage is what reading the database came upon.
+type damage struct{ id, object, detail string }
+
+const theDatabase = "database"
+
+// damaged notes a finding of M1 to M3.
+func (c *checker) damaged(id, object, format string, args ...any) {
+	c.damage = append(c.damage, damage{id, object, fmt.Sprintf(format, args...)})
+}
+
+// reportDamage: M1, M2, M3.
+func (c *checker) reportDamage(id string, f found) {
+	for _, d := range c.damage {
+		if d.id == id {
+			f(d.object, layout.DatabaseFile, "%s", d.detail)
 		}
 	}
+}
+
+// openTimeout is how long another process may take to let go of the database.
+const openTimeout = 200 * time.Millisecond
+
+// load reads the database into c.rec, which stays nil if that is too damaged
+// to go on.
+func (c *checker) load() (err error) {
+	var file *os.File // bbolt leaves it open, and locked, if it panics
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			c.damaged("M1", theDatabase, "reading it ends in: %v", r)
+			c.rec, err = nil, nil
+			if file != nil {
+				file.Close()
+			}
+		}
+	}()
+	db := c.opts.DB
+	if db == nil {
+		if db, err = c.open(&file); db == nil {
+			return err
+		}
+		defer db.Close()
+	}
+	rec := newRecords()
+	if err := db.View(func(tx *bolt.Tx) error { return c.read(tx, rec) }); err != nil {
+		return fmt.Errorf("database: %w", err)
+	}
+	c.rec = rec
+	return nil
+}
+
+// open opens the database of a closed store. Neither a database nor an error
+// means that it cannot be read, which was noted.
+func (c *checker) open(file **os.File) (*bolt.DB, error) {
+	path := c.path(layout.DatabaseFile)
+	fi, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("no %s: %w", layout.DatabaseFile, errdefs.ErrNotFound)
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	case !fi.Mode().IsRegular(): // opening a fifo would not end
+		c.damaged("M2", theDatabase, "it is no regular file but %v", fi.Mode().Type())
+		return nil, nil
+	}
+	db, err := bolt.Open(path, 0o600, &bolt.Options{
+		ReadOnly: true, Timeout: openTimeout,
+		OpenFile: func(name string, _ int, _ fs.FileMode) (*os.File, error) {
+			f, err := os.OpenFile(name, os.O_RDONLY, 0)
+			*file = f
+			return f, err
+		},
+	})
+	switch {
+	case errors.Is(err, berrors.ErrTimeout):
+		return nil, fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	case err != nil:
+		c.damaged("M2", theDatabase, "%v", err)
+		return nil, nil
+	}
+	// Under bbolt's lock, so that nobody writes meanwhile.
+	if err := walkPages(path); err != nil {
+		c.damaged("M2", theDatabase, "%v", err)
+		return nil, db.Close()
+	}
+	return db, nil
+}
+
+// read copies every bucket.
+func (c *checker) read(tx *bolt.Tx, rec *records) error {
+	for _, name := range layout.Buckets() {
+		if tx.Bucket([]byte(name)) == nil {
+			c.damaged("M2", theDatabase, "bucket %s is missing", name)
+		}
+	}
+	if err := c.readMeta(tx, rec); err != nil {
+		return err
+	}
+	readBucket(c, tx, rec, layout.BucketBlobs, rec.blobs, blobKey)
+	readBucket(c, tx, rec, layout.BucketLayers, rec.layers, elementKey)
+	readBucket(c, tx, rec, layout.BucketLayerKeys, rec.layerKeys, layerIndexKey)
+	readBucket(c, tx, rec, layout.BucketSnapshots, rec.snapshots, nameKey)
+	readBucket(c, tx, rec, layout.BucketImages, rec.images, nameKey)
+	readBucket(c, tx, rec, layout.BucketContainers, rec.containers, elementKey)
+	readBucket(c, tx, rec, layout.BucketLeases, rec.leases, nameKey)
+	readBucket(c, tx, rec, layout.BucketCache, rec.cache, nameKey)
+	readBucket(c, tx, rec, layout.BucketIntents, rec.intents, nameKey)
+	readBucket(c, tx, rec, layout.BucketSweeps, rec.sweeps, elementKey)
+	c.readKeys(tx, layout.BucketEdges, func(k []byte) error { return addEdge(rec.edges, k, layout.ParseEdge) })
+	c.readKeys(tx, layout.BucketEdgesBack, func(k []byte) error { return addEdge(rec.back, k, layout.ParseBackEdge) })
+	c.readKeys(tx, layout.BucketCacheByUse, func(k []byte) error {
+		if len(k) < 9 {
+			return errors.New("it is too short for a time and a key")
+		}
+		key := string(k[8:])
+		rec.byUse[key] = append(rec.byUse[key], time.Unix(0, int64(binary.BigEndian.Uint64(k))))
+		return nil
+	})
+	return nil
+}
+
+func (c *checker) readMeta(tx *bolt.Tx, rec *records) error {
 	metas := map[string]layout.MetaRecord{}
-	readBucket(c, tx, layout.BucketMeta, metas, nil)
+	readBucket(c, tx, rec, layout.BucketMeta, metas, metaKey)
 	meta, ok := metas[layout.MetaKey]
 	switch {
+	case !ok && rec.unreadable[layout.BucketMeta+"/"+layout.MetaKey]: // M1
 	case !ok:
-		c.found("M2", "database", layout.DatabaseFile, "it has no store record")
+		c.damaged("M2", theDatabase, "it has no store record")
 	case meta.Format > layout.FormatVersion:
 		return fmt.Errorf("the store has format %d, this varve knows %d: %w", meta.Format, layout.FormatVersion, errdefs.ErrFailedPrecondition)
-	}
-	readBucket(c, tx, layout.BucketBlobs, rec.blobs, func(k string) error { _, err := layout.ParseBlobDigest(k); return err })
-	readBucket(c, tx, layout.BucketLayers, rec.layers, checkElement)
-	readBucket(c, tx, layout.BucketLayerKeys, rec.layerKeys, nil)
-	readBucket(c, tx, layout.BucketSnapshots, rec.snapshots, nil)
-	readBucket(c, tx, layout.BucketImages, rec.images, nil)
-	readBucket(c, tx, layout.BucketContainers, rec.containers, checkElement)
-	readBucket(c, tx, layout.BucketLeases, rec.leases, nil)
-	readBucket(c, tx, layout.BucketCache, rec.cache, nil)
-	readBucket(c, tx, layout.BucketIntents, rec.intents, nil)
-	readBucket(c, tx, layout.BucketSweeps, rec.sweeps, checkElement)
-	c.readEdges(tx, layout.BucketEdges, rec.edges, layout.ParseEdge)
-	c.readEdges(tx, layout.BucketEdgesBack, rec.back, layout.ParseBackEdge)
-	c.readUses(tx, rec)
-	return nil
-}
-
-// checkElement refuses a key that is to be a name in a directory and is none.
-func checkElement(key string) error {
-	if key == "" || key != filepath.Base(key) || key == "." || key == ".." {
-		return errors.New("it is no name of a file")
+	case meta.Format < 1:
+		c.damaged("M2", theDatabase, "its format is %d", meta.Format)
 	}
 	return nil
 }
 
-func readBucket[K ~string, R any](c *check, tx *bolt.Tx, name string, into map[K]R, valid func(string) error) {
+// readBucket copies the records of one bucket whose keys are valid.
+func readBucket[K ~string, R any](c *checker, tx *bolt.Tx, rec *records, name string, into map[K]R, valid func(string) error) {
 	b := tx.Bucket([]byte(name))
 	if b == nil {
 		return
 	}
 	_ = b.ForEach(func(k, v []byte) error {
-		if valid != nil {
-			if err := valid(string(k)); err != nil {
-				c.found("M3", fmt.Sprintf("record %s/%q", name, k), "", "%v", err)
-				return nil
-			}
-		}
-		var r R
-		if err := layout.Decode(name, string(k), v, &r); err != nil {
-			c.found("M1", fmt.Sprintf("record %s/%q", name, k), "", "%s", errdefs.AsCorrupt(err).Detail)
+		key := string(k)
+		if err := valid(key); err != nil {
+			c.damaged("M3", fmt.Sprintf("record %s/%q", name, key), "%v", err)
 			return nil
 		}
-		into[K(k)] = r
+		var r R
+		if err := layout.Decode(name, key, v, &r); err != nil {
+			rec.unreadable[name+"/"+key] = true
+			c.damaged("M1", fmt.Sprintf("record %s/%q", name, key), "%s", errdefs.AsCorrupt(err).Detail)
+			return nil
+		}
+		into[K(key)] = r
 		return nil
 	})
 }
 
-func (c *check) readEdges(tx *bolt.Tx, name string, into map[layout.Edge]bool, parse func([]byte) (layout.Edge, error)) {
+// readKeys reads a bucket that has keys only.
+func (c *checker) readKeys(tx *bolt.Tx, name string, add func([]byte) error) {
 	b := tx.Bucket([]byte(name))
 	if b == nil {
 		return
 	}
 	_ = b.ForEach(func(k, _ []byte) error {
-		e, err := parse(k)
-		if err != nil {
-			c.found("M3", fmt.Sprintf("record %s/%q", name, k), "", "%v", err)
-			return nil
+		if err := add(k); err != nil {
+			c.damaged("M3", fmt.Sprintf("record %s/%q", name, k), "%v", err)
 		}
-		into[e] = true
 		return nil
 	})
 }
 
-func (c *check) readUses(tx *bolt.Tx, rec *records) {
-	b := tx.Bucket([]byte(layout.BucketCacheByUse))
-	if b == nil {
-		return
+func addEdge(into map[layout.Edge]bool, key []byte, parse func([]byte) (layout.Edge, error)) error {
+	e, err := parse(key)
+	if err == nil {
+		err = validEdge(e)
 	}
-	_ = b.ForEach(func(k, _ []byte) error {
-		if len(k) < 9 {
-			c.found("M3", fmt.Sprintf("record %s/%q", layout.BucketCacheByUse, k), "", "it is too short for a time and a key")
-			return nil
-		}
-		key := string(k[8:])
-		if _, twice := rec.byUse[key]; twice {
-			c.found("K1", fmt.Sprintf("cache %q", key), "", "it has two places by last use")
-		}
-		rec.byUse[key] = time.Unix(0, int64(binary.BigEndian.Uint64(k)))
-		return nil
-	})
+	if err == nil {
+		into[e] = true
+	}
+	return err
 }

@@ -1,0 +1,172 @@
+package fsck
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"varve.dev/layout"
+)
+
+func blobObject(d layout.BlobDigest) string { return "blob " + string(d) }
+
+// blobFile is what stands where a recorded blob should. Only regular files
+// are of interest to more than B1.
+func (c *checker) blobFile(d layout.BlobDigest) (fi fs.FileInfo, err error) {
+	fi, err = os.Lstat(c.path(layout.BlobPath(d)))
+	if err == nil && !fi.Mode().IsRegular() {
+		return fi, errNotRegular
+	}
+	return fi, err
+}
+
+// blobStands: B1.
+func (c *checker) blobStands(f found) {
+	for d := range c.rec.blobs {
+		fi, err := c.blobFile(d)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			f(blobObject(d), layout.BlobPath(d), "the file is missing")
+		case errors.Is(err, errNotRegular):
+			f(blobObject(d), layout.BlobPath(d), "it is no regular file but %v", fi.Mode().Type())
+		case err != nil:
+			f(blobObject(d), layout.BlobPath(d), "%v", err)
+		}
+	}
+}
+
+// blobSize: B2.
+func (c *checker) blobSize(f found) {
+	for d, rec := range c.rec.blobs {
+		if fi, err := c.blobFile(d); err == nil && fi.Size() != rec.Size {
+			f(blobObject(d), layout.BlobPath(d), "%d bytes, recorded are %d", fi.Size(), rec.Size)
+		}
+	}
+}
+
+// blobMode: B5.
+func (c *checker) blobMode(f found) {
+	const special = fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
+	for d := range c.rec.blobs {
+		if fi, err := c.blobFile(d); err == nil && fi.Mode()&(fs.ModePerm|special) != 0o444 {
+			f(blobObject(d), layout.BlobPath(d), "mode %v", fi.Mode())
+		}
+	}
+}
+
+// intact tells whether B1 and B2 hold for a blob: what is broken otherwise is
+// not said again by those who read it.
+func (c *checker) intact(d layout.BlobDigest) bool {
+	rec, ok := c.rec.blobs[d]
+	if !ok {
+		return false
+	}
+	fi, err := c.blobFile(d)
+	return err == nil && fi.Size() == rec.Size
+}
+
+// blobNamed: B4.
+func (c *checker) blobNamed(f found) {
+	shards := map[string]bool{}
+	for _, d := range layout.Dirs() {
+		shards[d.Path] = true
+	}
+	under := c.underWay()
+	for dir, entries := range c.dirs {
+		if dir != layout.BlobsDir && !strings.HasPrefix(dir, layout.BlobsDir+"/") {
+			continue
+		}
+		for _, e := range entries {
+			rel := path.Join(dir, e.Name())
+			d := layout.BlobDigest(string(layout.Algorithm) + ":" + e.Name())
+			recorded := blobKey(string(d)) == nil && layout.BlobPath(d) == rel && c.exists(layout.BlobNode(d))
+			if !recorded && !under[rel] && !(e.IsDir() && shards[rel]) {
+				f("entry "+printable(e.Name()), rel, "nothing names it")
+			}
+		}
+	}
+}
+
+// blobDigest: B3.
+func (c *checker) blobDigest(f found) {
+	for _, b := range c.rec.blobs {
+		c.total += b.Size
+	}
+	for _, l := range c.rec.layers {
+		c.total += l.Size
+	}
+	var g errgroup.Group
+	g.SetLimit(c.opts.Workers)
+	for d := range c.rec.blobs {
+		if c.only != nil && !c.only[blobObject(d)] {
+			continue
+		}
+		g.Go(func() error {
+			c.digestOf(d, f)
+			return nil
+		})
+	}
+	_ = g.Wait()
+}
+
+func (c *checker) digestOf(d layout.BlobDigest, f found) {
+	if c.ctx.Err() != nil || !c.intact(d) {
+		return
+	}
+	sum, err := c.hash(unix.AT_FDCWD, c.path(layout.BlobPath(d)))
+	switch {
+	case errors.Is(err, fs.ErrNotExist), c.ctx.Err() != nil: // removed since
+	case err != nil:
+		f(blobObject(d), layout.BlobPath(d), "%v", err)
+	case sum != d.Hex():
+		f(blobObject(d), layout.BlobPath(d), "the bytes have the digest sha256:%s", sum)
+	}
+}
+
+// hash reads a regular file. It tells Progress, and ends with the context.
+func (c *checker) hash(dirfd int, name string) (sum string, err error) {
+	file, err := openRegular(dirfd, name)
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	h, buf := sha256.New(), make([]byte, 128<<10)
+	for {
+		if err := c.ctx.Err(); err != nil {
+			return "", err
+		}
+		n, err := file.Read(buf)
+		h.Write(buf[:n])
+		if now := c.bytes.Add(int64(n)); c.opts.Progress != nil && n > 0 {
+			c.opts.Progress(now, max(now, c.total))
+		}
+		if err == io.EOF {
+			return hex.EncodeToString(h.Sum(nil)), nil
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+}
+
+// readBlob reads a blob of a bounded size whole.
+func (c *checker) readBlob(d layout.BlobDigest, limit int64) ([]byte, error) {
+	file, err := openRegular(unix.AT_FDCWD, c.path(layout.BlobPath(d)))
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	data, err := io.ReadAll(io.LimitReader(file, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = errors.New("it is longer than anything of its kind")
+	}
+	return data, err
+}

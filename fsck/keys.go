@@ -1,0 +1,67 @@
+package fsck
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"varve.dev/layout"
+)
+
+// What keys must look like, by bucket (M3).
+
+func metaKey(key string) error {
+	if key != layout.MetaKey {
+		return fmt.Errorf("the only key is %q", layout.MetaKey)
+	}
+	return nil
+}
+
+func blobKey(key string) error {
+	_, err := layout.ParseBlobDigest(key)
+	return err
+}
+
+// elementKey is a key that is the name of a directory as well.
+func elementKey(key string) error {
+	if key == "" || key != filepath.Base(key) || key == "." || key == ".." || key == "/" || strings.ContainsRune(key, 0) {
+		return errors.New("it cannot be the name of a file")
+	}
+	return nil
+}
+
+func layerIndexKey(key string) error {
+	for _, prefix := range []string{layout.DiffKey(""), layout.ChainKey("")} {
+		if id, ok := strings.CutPrefix(key, prefix); ok {
+			return blobKey(id)
+		}
+	}
+	return errors.New("it is neither a DiffID's nor a ChainID's")
+}
+
+func nameKey(key string) error { return layout.CheckName("key", key) }
+
+var (
+	kinds = []string{
+		layout.KindBlob, layout.KindLayer, layout.KindActive, layout.KindSnapshot, layout.KindImage,
+		layout.KindContainer, layout.KindLease, layout.KindCache, layout.KindIntent, layout.KindAPI,
+	}
+	relations = []string{
+		layout.RelTarget, layout.RelContent, layout.RelUnpacked, layout.RelParent, layout.RelTree,
+		layout.RelFiles, layout.RelHolds, layout.RelRootfs, layout.RelResult,
+	}
+)
+
+func validEdge(e layout.Edge) error {
+	for _, n := range []layout.Node{e.Parent, e.Child} {
+		if kind, id := n.Split(); !slices.Contains(kinds, kind) || id == "" {
+			return fmt.Errorf("%q is no node", string(n))
+		}
+	}
+	if !slices.Contains(relations, e.Rel) {
+		return fmt.Errorf("%q is no relation", e.Rel)
+	}
+	return nil
+}

@@ -1,0 +1,218 @@
+package fsck
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// The page format of bbolt (its internal/common/page.go and meta.go), as far
+// as it takes to see that walking the file ends. A branch page that leads back
+// to itself makes bbolt's cursor go round until memory ends, which no recover
+// catches.
+const (
+	pageHeader = 16 // id u64, flags u16, count u16, overflow u32
+	element    = 16 // branch: pos, ksize u32, page u64; leaf: flags, pos, ksize, vsize u32
+	branchPage = 0x01
+	leafPage   = 0x02
+
+	bucketElement = 0x01
+	bucketHeader  = 16 // root page u64, sequence u64
+
+	metaMagic  = 0xED0CDAED
+	metaSummed = 56 // bytes before the checksum
+)
+
+// pages is a walk over every page that can be reached from the root.
+type pages struct {
+	f    *os.File
+	size int64  // of a page
+	high uint64 // number of pages
+	seen []uint64
+}
+
+// walkPages reads a database's structure without bbolt. An error says what is
+// wrong with it.
+func walkPages(name string) error {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	p := &pages{f: f}
+	root, err := p.start()
+	if err != nil {
+		return err
+	}
+	return p.tree(root)
+}
+
+// start finds the newer of the two valid meta pages, as bbolt does, and
+// returns the root page.
+func (p *pages) start() (root uint64, err error) {
+	fi, err := p.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	var newest uint64
+	for _, at := range []int64{0, 512, 1 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10} {
+		m := make([]byte, metaSummed+8)
+		if _, err := p.f.ReadAt(m, at+pageHeader); err != nil {
+			break
+		}
+		h := fnv.New64a()
+		h.Write(m[:metaSummed])
+		size := int64(binary.NativeEndian.Uint32(m[8:]))
+		if binary.NativeEndian.Uint32(m) != metaMagic || binary.NativeEndian.Uint64(m[metaSummed:]) != h.Sum64() || at != 0 && at != size {
+			continue
+		}
+		if tx := binary.NativeEndian.Uint64(m[48:]); p.size == 0 || tx > newest {
+			newest, p.size = tx, size
+			root, p.high = binary.NativeEndian.Uint64(m[16:]), binary.NativeEndian.Uint64(m[40:])
+		}
+	}
+	if p.size < 512 {
+		return 0, errors.New("neither meta page is valid")
+	}
+	if have := uint64(fi.Size() / p.size); have < p.high {
+		return 0, fmt.Errorf("%d pages long, its meta page says %d", have, p.high)
+	}
+	p.seen = make([]uint64, p.high/64+1)
+	return root, nil
+}
+
+// read returns a page with what overflows from it. Each page has one use.
+func (p *pages) read(id uint64) (flags, count uint16, data []byte, err error) {
+	if err := p.use(id); err != nil {
+		return 0, 0, nil, err
+	}
+	data = make([]byte, p.size)
+	if _, err := p.f.ReadAt(data, int64(id)*p.size); err != nil {
+		return 0, 0, nil, fmt.Errorf("page %d: %w", id, err)
+	}
+	if got := binary.NativeEndian.Uint64(data); got != id {
+		return 0, 0, nil, fmt.Errorf("page %d calls itself %d", id, got)
+	}
+	flags, count = binary.NativeEndian.Uint16(data[8:]), binary.NativeEndian.Uint16(data[10:])
+	more := uint64(binary.NativeEndian.Uint32(data[12:]))
+	if more >= p.high-id {
+		return 0, 0, nil, fmt.Errorf("page %d goes on for %d pages", id, more)
+	}
+	for i := range more {
+		if err := p.use(id + 1 + i); err != nil {
+			return 0, 0, nil, err
+		}
+	}
+	if more > 0 {
+		rest := make([]byte, int64(more)*p.size)
+		if _, err := p.f.ReadAt(rest, int64(id+1)*p.size); err != nil {
+			return 0, 0, nil, fmt.Errorf("page %d: %w", id, err)
+		}
+		data = append(data, rest...)
+	}
+	return flags, count, data, nil
+}
+
+func (p *pages) use(id uint64) error {
+	if id < 2 || id >= p.high {
+		return fmt.Errorf("page %d is referred to, the last is %d", id, p.high-1)
+	}
+	if p.seen[id/64]&(1<<(id%64)) != 0 {
+		return fmt.Errorf("page %d is referred to twice", id)
+	}
+	p.seen[id/64] |= 1 << (id % 64)
+	return nil
+}
+
+func (p *pages) tree(id uint64) error {
+	flags, count, data, err := p.read(id)
+	if err != nil {
+		return err
+	}
+	switch flags {
+	case branchPage:
+		if count == 0 {
+			return fmt.Errorf("branch page %d is empty", id)
+		}
+		return p.branch(id, int(count), data)
+	case leafPage:
+		return p.leaf(id, int(count), data)
+	}
+	return fmt.Errorf("page %d has the type %#x", id, flags)
+}
+
+func (p *pages) branch(id uint64, count int, data []byte) error {
+	var last []byte
+	for i := range count {
+		at := pageHeader + i*element
+		if at+element > len(data) {
+			return fmt.Errorf("page %d has %d elements in %d bytes", id, count, len(data))
+		}
+		e := data[at:]
+		key, err := cut(e, binary.NativeEndian.Uint32(e), binary.NativeEndian.Uint32(e[4:]))
+		if err != nil || i > 0 && bytes.Compare(last, key) >= 0 {
+			return fmt.Errorf("page %d, element %d: no key, or out of order", id, i)
+		}
+		last = key
+		if err := p.tree(binary.NativeEndian.Uint64(e[8:])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leaf looks at a leaf page, or at the one inside a small bucket's value.
+func (p *pages) leaf(id uint64, count int, data []byte) error {
+	var last []byte
+	for i := range count {
+		at := pageHeader + i*element
+		if at+element > len(data) {
+			return fmt.Errorf("page %d has %d elements in %d bytes", id, count, len(data))
+		}
+		e := data[at:]
+		pos, ksize, vsize := binary.NativeEndian.Uint32(e[4:]), binary.NativeEndian.Uint32(e[8:]), binary.NativeEndian.Uint32(e[12:])
+		key, err := cut(e, pos, ksize)
+		if err != nil || i > 0 && bytes.Compare(last, key) >= 0 {
+			return fmt.Errorf("page %d, element %d: no key, or out of order", id, i)
+		}
+		last = key
+		value, err := cut(e[int(pos)+len(key):], 0, vsize)
+		if err != nil {
+			return fmt.Errorf("page %d, element %d: %w", id, i, err)
+		}
+		if binary.NativeEndian.Uint32(e)&bucketElement == 0 {
+			continue
+		}
+		if err := p.bucket(id, value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *pages) bucket(id uint64, value []byte) error {
+	if len(value) < bucketHeader {
+		return fmt.Errorf("page %d: a bucket of %d bytes", id, len(value))
+	}
+	if root := binary.NativeEndian.Uint64(value); root != 0 {
+		return p.tree(root)
+	}
+	inline := value[bucketHeader:]
+	if len(inline) < pageHeader || binary.NativeEndian.Uint16(inline[8:]) != leafPage {
+		return fmt.Errorf("page %d: a bucket without a page", id)
+	}
+	return p.leaf(id, int(binary.NativeEndian.Uint16(inline[10:])), inline)
+}
+
+// cut returns size bytes from pos on.
+func cut(b []byte, pos, size uint32) ([]byte, error) {
+	if uint64(pos)+uint64(size) > uint64(len(b)) {
+		return nil, fmt.Errorf("bytes %d to %d of %d", pos, uint64(pos)+uint64(size), len(b))
+	}
+	return b[pos : uint64(pos)+uint64(size)], nil
+}

@@ -1,0 +1,92 @@
+package fsck
+
+import (
+	"fmt"
+	"io"
+	"time"
+
+	"varve.dev/layout"
+)
+
+// Finding is one broken invariant on one object.
+type Finding struct {
+	Invariant string          `json:"invariant"` // number in package layout
+	Severity  layout.Severity `json:"severity"`
+	Object    string          `json:"object"`         // "layer 0123…", "blob sha256:…"
+	Path      string          `json:"path,omitempty"` // in the store; for L4 in the layer's tree
+	Detail    string          `json:"detail"`         // what is there instead
+	Repair    string          `json:"repair"`         // what would make it hold again
+}
+
+// same tells whether two findings are of one thing, whatever was seen there.
+func (f Finding) same(g Finding) bool {
+	return f.Invariant == g.Invariant && f.Object == g.Object && f.Path == g.Path
+}
+
+// Report is what a check found. Its JSON is stable: fields are only added.
+type Report struct {
+	Root     string       `json:"root"`
+	Level    layout.Level `json:"level"`
+	Findings []Finding    `json:"findings"` // by invariant, object and path
+	Blobs    int          `json:"blobs"`    // recorded ones
+	Layers   int          `json:"layers"`   // recorded ones
+	Files    int64        `json:"files"`    // names in layers, compared with their manifests (deep)
+	Bytes    int64        `json:"bytes"`    // read and hashed (deep)
+	Started  time.Time    `json:"started"`
+	Finished time.Time    `json:"finished"`
+}
+
+// ExitCode is 0 for a clean store, 1 if everything found can be repaired from
+// what is there, 2 if something acknowledged is lost or wrong. Notices do not
+// count. 3, for a check that could not run, is the caller's.
+func (r *Report) ExitCode() int {
+	code := 0
+	for _, f := range r.Findings {
+		switch f.Severity {
+		case layout.Loss:
+			return 2
+		case layout.Damage, layout.Leak:
+			code = 1
+		}
+	}
+	return code
+}
+
+// WriteText writes the report for people: each finding with its repair, and
+// one line that sums up.
+func (r *Report) WriteText(w io.Writer) {
+	notices := 0
+	for _, f := range r.Findings {
+		at := ""
+		if f.Path != "" {
+			at = " at " + printable(f.Path)
+		}
+		if f.Severity == layout.Notice {
+			notices++
+		}
+		fmt.Fprintf(w, "%s %s: %s%s: %s\n    repair: %s\n", f.Invariant, f.Severity, f.Object, at, f.Detail, f.Repair)
+	}
+	verdict := "clean"
+	if n := len(r.Findings) - notices; n > 0 {
+		verdict = fmt.Sprintf("%d findings", n)
+	}
+	if notices > 0 {
+		verdict += fmt.Sprintf(", %d notices", notices)
+	}
+	fmt.Fprintf(w, "fsck %s: %s: %d blobs, %d layers", r.Level, verdict, r.Blobs, r.Layers)
+	if r.Level == layout.Deep {
+		fmt.Fprintf(w, ", %d files, %d bytes read", r.Files, r.Bytes)
+	}
+	fmt.Fprintf(w, ", %.1fs\n", r.Finished.Sub(r.Started).Seconds())
+}
+
+// printable keeps what a layer calls its files from moving a terminal's
+// cursor.
+func printable(s string) string {
+	for _, r := range s {
+		if r < ' ' || r == 0x7f || r == '\uFFFD' {
+			return fmt.Sprintf("%q", s)
+		}
+	}
+	return s
+}
