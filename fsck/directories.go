@@ -145,11 +145,12 @@ func nodePath(n layout.Node) string {
 const (
 	temporaryPrefix = ".tmp-"
 	markerFile      = "barrier"
+	lostAndFound    = "lost+found" // where the store is a whole file system
 )
 
 // rootNames: R1.
 func (c *checker) rootNames(f found) {
-	known := []string{layout.DatabaseFile, markerFile}
+	known := []string{layout.DatabaseFile, markerFile, lostAndFound}
 	for _, d := range layout.Dirs() {
 		if !strings.Contains(d.Path, "/") {
 			known = append(known, d.Path)

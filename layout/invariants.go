@@ -74,7 +74,7 @@ func Invariants() []Invariant {
 		{"C1", Loss, Quick, "A container's record has its directory and its snapshot.", "none for a lost snapshot; the directory is made from the record"},
 		{"C2", Notice, Quick, "A directory in containers is named by a record.", "adopt it: it holds logs and an exit code"},
 		{"K1", Damage, Normal, "A cache record's result is a committed snapshot, its alias a cache key that exists or was evicted, and its place by last use is that of the record.", "drop the record: the step runs again"},
-		{"R1", Damage, Quick, "The root holds only the names of this format.", "none: look what it is"},
+		{"R1", Damage, Quick, "The root holds only the names of this format, and the lost+found of a file system.", "none: look what it is"},
 	}
 }
 

@@ -139,7 +139,8 @@ type CacheRecord struct {
 }
 
 // IngestRecord is the file [IngestInfo] of an unfinished blob. It is not
-// synced: an ingest without it, or with a torn one, starts again.
+// synced: recovery drops an ingest without it, or with a torn one, and its
+// download starts again.
 type IngestRecord struct {
 	Ref      string            `json:"ref"`
 	Expected BlobDigest        `json:"expected,omitempty"`
