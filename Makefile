@@ -10,7 +10,7 @@ GOTEST  := CGO_ENABLED=1 $(GO) test -tags $(TAGS)
 
 # What the build, the tests and the demo need from Debian.
 PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
-            docker-registry e2fsprogs xfsprogs btrfs-progs fuse3 iproute2 crun
+            docker-registry e2fsprogs xfsprogs btrfs-progs fuse3 iproute2 crun umoci
 
 .PHONY: all build deps demo test test-race lint powercut crash clean
 
