@@ -1,0 +1,114 @@
+package testkit
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// HashTree returns a digest over everything that a layer may hold below dir:
+// names, types, modes, owners, sizes, mtimes, device numbers, link targets,
+// xattrs, which names are one file, and contents. It shares no code with what
+// writes or checks a layer.
+func HashTree(dir string) (string, error) {
+	sum := sha256.New()
+	names := map[uint64]string{} // inode → its first name
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		return hashEntry(sum, path, rel, names)
+	})
+	return hex.EncodeToString(sum.Sum(nil)), err
+}
+
+func hashEntry(w io.Writer, path, rel string, names map[uint64]string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return &fs.PathError{Op: "lstat", Path: path, Err: err}
+	}
+	fmt.Fprintf(w, "%q mode %o owner %d:%d mtime %d.%09d", rel, st.Mode, st.Uid, st.Gid, st.Mtim.Sec, st.Mtim.Nsec)
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 {
+		first, ok := names[st.Ino]
+		if ok {
+			fmt.Fprintf(w, " is %q\n", first)
+			return nil
+		}
+		names[st.Ino] = rel
+	}
+	if err := hashXattrs(w, path); err != nil {
+		return err
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		fmt.Fprintf(w, " size %d ", st.Size)
+		return hashContents(w, path)
+	case unix.S_IFLNK:
+		target, err := os.Readlink(path)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(w, " to %q", target)
+	case unix.S_IFCHR, unix.S_IFBLK:
+		fmt.Fprintf(w, " device %d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	}
+	fmt.Fprintln(w)
+	return nil
+}
+
+func hashContents(w io.Writer, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return err
+	}
+	fmt.Fprintf(w, "%x\n", sum.Sum(nil))
+	return nil
+}
+
+func hashXattrs(w io.Writer, path string) error {
+	list, err := xattrValue(func(buf []byte) (int, error) { return unix.Llistxattr(path, buf) })
+	if errors.Is(err, unix.ENOTSUP) || err == nil && list == "" {
+		return nil
+	}
+	if err != nil {
+		return &fs.PathError{Op: "listxattr", Path: path, Err: err}
+	}
+	names := strings.Split(strings.TrimSuffix(list, "\x00"), "\x00")
+	slices.Sort(names)
+	for _, name := range names {
+		value, err := xattrValue(func(buf []byte) (int, error) { return unix.Lgetxattr(path, name, buf) })
+		if err != nil {
+			return &fs.PathError{Op: "getxattr " + name, Path: path, Err: err}
+		}
+		fmt.Fprintf(w, " %q=%q", name, value)
+	}
+	return nil
+}
+
+func xattrValue(read func([]byte) (int, error)) (string, error) {
+	n, err := read(nil)
+	if err != nil || n == 0 {
+		return "", err
+	}
+	buf := make([]byte, n)
+	n, err = read(buf)
+	return string(buf[:max(n, 0)]), err
+}
