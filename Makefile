@@ -41,7 +41,7 @@ lint: deps
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 
 # Campaigns: minutes to hours, with a short seeded run of each in `test`.
-# make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1
+# make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1 (no FS: all three)
 powercut: deps
 	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v ./internal/powercut/...
 
