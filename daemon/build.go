@@ -23,7 +23,7 @@ import (
 func (e *Engine) Build(ctx context.Context, req varve.BuildRequest, files varve.BuildContext, progress func(varve.Event)) (varve.BuildResult, error) {
 	dir := files.Dir
 	if dir == "" {
-		scratch, err := os.MkdirTemp(e.scratch, "context-")
+		scratch, err := os.MkdirTemp(e.scratch.dir, "context-")
 		if err != nil {
 			return varve.BuildResult{}, fmt.Errorf("build context: %w: %w", err, errdefs.ErrUnavailable)
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -12,7 +11,6 @@ import (
 	"varve.dev/builder"
 	"varve.dev/content"
 	"varve.dev/durable"
-	"varve.dev/errdefs"
 	"varve.dev/image"
 	"varve.dev/internal/version"
 	"varve.dev/journal"
@@ -42,7 +40,7 @@ type Engine struct {
 	images     *image.Store
 	containers *containers.Store
 	builder    *builder.Builder
-	scratch    string // for what lives as long as a call
+	scratch    *scratch
 	found      journal.Recovery
 }
 
@@ -84,16 +82,11 @@ func (e *Engine) open(ctx context.Context) (err error) {
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs,
 		Unpacker: unpacker{e.snaps}, Remotes: image.NewRemotes(image.RemoteOptions{Credentials: image.DockerCredentials("")}),
 	})
-	// On the state directory's file system, beside the sockets: none of it
-	// outlives the process.
-	if err := os.MkdirAll(e.options.State, 0o700); err != nil {
-		return fmt.Errorf("state directory: %w: %w", err, errdefs.ErrUnavailable)
-	}
-	if e.scratch, err = os.MkdirTemp(e.options.State, "scratch-"); err != nil {
-		return fmt.Errorf("state directory: %w: %w", err, errdefs.ErrUnavailable)
+	if e.scratch, err = newScratch(e.options.State); err != nil {
+		return err
 	}
 	e.builder = builder.New(builder.Config{
-		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch,
+		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch.dir,
 	})
 	return nil
 }
@@ -117,8 +110,8 @@ func (e *Engine) Close(ctx context.Context) error {
 // closeParts closes what is open, from the top down.
 func (e *Engine) closeParts() error {
 	var all []error
-	if e.scratch != "" {
-		all = append(all, os.RemoveAll(e.scratch))
+	if e.scratch != nil {
+		all = append(all, e.scratch.Close())
 	}
 	if e.journal != nil {
 		all = append(all, e.journal.Close())

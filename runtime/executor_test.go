@@ -5,10 +5,8 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -17,26 +15,16 @@ import (
 	"varve.dev/runtime"
 )
 
-// shim builds the shim once for all tests.
-var shim = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "varve-shim-")
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(dir, "varve-runtime")
-	out, err := exec.Command("go", "build", "-tags", "seccomp", "-o", path, "varve.dev/cmd/varve-runtime").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	return path, nil
-})
-
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if path, err := shim(); err == nil {
-		os.RemoveAll(filepath.Dir(path))
-	}
+	testkit.RemoveBinaries()
 	os.Exit(code)
+}
+
+// shim returns the path of the shim.
+func shim(t *testing.T) string {
+	t.Helper()
+	return filepath.Join(testkit.Binaries(t), "varve-runtime")
 }
 
 // box is a root file system of busybox with a writable layer on it.
@@ -94,10 +82,7 @@ func noLeftovers(t *testing.T, id, dir string) {
 
 func run(t *testing.T, spec runtime.Spec, args ...string) (runtime.Exit, string) {
 	t.Helper()
-	path, err := shim()
-	if err != nil {
-		t.Fatal(err)
-	}
+	path := shim(t)
 	spec.Args = args
 	var out bytes.Buffer
 	x := runtime.Executor{Shim: path, Dir: t.TempDir()}
@@ -231,10 +216,7 @@ func TestManyLayers(t *testing.T) {
 
 func TestCancelLeavesNothing(t *testing.T) {
 	spec := box(t)
-	path, err := shim()
-	if err != nil {
-		t.Fatal(err)
-	}
+	path := shim(t)
 	spec.Args = []string{"sh", "-c", "sleep 1000 & sleep 1000 & sleep 1000"}
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()

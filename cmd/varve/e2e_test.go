@@ -17,24 +17,9 @@ import (
 	"varve.dev/layout"
 )
 
-// binaries builds varve and its shim once, as `make build` does.
-var binaries = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "varve-bin-")
-	if err != nil {
-		return "", err
-	}
-	out, err := exec.Command("go", "build", "-tags", "seccomp", "-o", dir+"/", "varve.dev/cmd/varve", "varve.dev/cmd/varve-runtime").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	return dir, nil
-})
-
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if dir, err := binaries(); err == nil {
-		os.RemoveAll(dir)
-	}
+	testkit.RemoveBinaries()
 	os.Exit(code)
 }
 
@@ -51,10 +36,7 @@ type host struct {
 func newHost(t *testing.T) *host {
 	t.Helper()
 	testkit.NeedRoot(t)
-	bin, err := binaries()
-	if err != nil {
-		t.Fatal(err)
-	}
+	bin := testkit.Binaries(t)
 	dir := t.TempDir()
 	h := &host{t: t, bin: bin, root: filepath.Join(dir, "root")}
 	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+filepath.Join(dir, "state"))

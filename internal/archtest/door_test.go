@@ -55,7 +55,7 @@ var exceptions = map[string]string{
 	"runtime/shim.go os.MkdirTemp":     "a step's bundle, in the scratch folder under --state",
 	"runtime/shim.go os.RemoveAll":     "the same",
 	"daemon/build.go":                  "an uploaded context, in the scratch folder under --state",
-	"daemon/engine.go":                 "the folder --state and the scratch folder in it",
+	"daemon/scratch.go":                "the folder --state and the scratch folder in it",
 	"daemon/serve.go":                  "the socket and its folder",
 	"daemon/containers.go os.MkdirAll": "the source of a bind mount that the user named",
 

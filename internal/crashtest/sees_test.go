@@ -1,70 +1,13 @@
-package powercut
+package crashtest
 
 import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
-	"varve.dev/internal/testkit"
+	"varve.dev/internal/powercut"
 )
-
-// diskSize is enough for the workloads and for the smallest xfs and btrfs.
-const diskSize = 1 << 30
-
-// newRig starts a rig for a test. The mount points are in memory: the rig's
-// own folder must not be on a disk that a flush could reach.
-func newRig(t *testing.T) *Rig {
-	t.Helper()
-	testkit.NeedRoot(t)
-	for program, pkg := range map[string]string{"mkfs.ext4": "e2fsprogs", "mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs"} {
-		testkit.Need(t, program, pkg)
-	}
-	r, err := NewRig(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := r.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return r
-}
-
-// fact begins a worker's line that is no mark: it is true whenever the power
-// is cut.
-const fact = "fact "
-
-// record formats a disk and runs a worker on it, whose marks go into the log.
-func record(t *testing.T, rig *Rig, kind FileSystem, w worker, args ...string) (rec *Recording, facts []string) {
-	t.Helper()
-	disk, err := rig.Format(kind, diskSize)
-	if err != nil {
-		t.Fatal(err)
-	}
-	rec = Record(disk)
-	m, err := rig.MountRecording(kind, rec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.mark = func(line string) {
-		if f, ok := strings.CutPrefix(line, fact); ok {
-			facts = append(facts, f)
-		} else {
-			rec.Mark(line)
-		}
-	}
-	err = w.run(t, m.Dir, args...)
-	if uerr := m.Unmount(); uerr != nil {
-		t.Fatal(uerr)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return rec, facts
-}
 
 const (
 	plainFiles = 50
@@ -88,7 +31,7 @@ func plainWork(dir string, mark func(string, ...any), sync bool) error {
 		return err
 	}
 	defer db.Close()
-	if _, err := db.Write(make([]byte, blockSize)); err != nil {
+	if _, err := db.Write(make([]byte, 4096)); err != nil {
 		return err
 	}
 	if err := syncAll(db, dir); err != nil {
@@ -183,11 +126,11 @@ func lost(dir string) (n int) {
 // TestTheRigSeesLoss holds the instrument against two workloads of which one
 // is known to lose what it records, and the other not to.
 func TestTheRigSeesLoss(t *testing.T) {
-	for _, kind := range FileSystems() {
+	for _, kind := range powercut.FileSystems() {
 		t.Run(string(kind), func(t *testing.T) {
 			rig := newRig(t)
 			for _, role := range []string{"careless", "careful"} {
-				rec, _ := record(t, rig, kind, worker{role: role})
+				rec, _ := record(t, rig, kind, powercut.Worker{Role: role})
 				cuts, losing, worst := rec.Choose(12, 1), 0, 0
 				images := rec.Replay()
 				for _, cut := range cuts {

@@ -1,0 +1,12 @@
+// Package crashtest interrupts a whole store at work, and looks at what is
+// left: with every file system under it that a power cut matters to, and with
+// a kill at every fault point.
+//
+// There is one workload (work_test.go), which pulls, tags, builds and removes
+// images; one judgement of the aftermath (aftermath_test.go), by a ledger of
+// what was acknowledged, a hash of each layer that shares no code with varve,
+// and the witness; and the instruments: kill_test.go, powercut_test.go.
+// Package snapshotter has the same below images, in one process.
+//
+// It consists of tests only.
+package crashtest

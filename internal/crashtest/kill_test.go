@@ -1,0 +1,108 @@
+package crashtest
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"varve.dev/layout"
+)
+
+// minimumKills is lowered by nobody without saying why. A few more are usual:
+// how many removals share a round of the sweeper depends on the moment, and
+// with it whether a later occurrence of its points comes.
+const minimumKills = 50
+
+// TestKillAtEveryPoint kills a store at work at each fault point: at its first
+// occurrence, in the middle of its occurrences and near the end, which is to
+// say in the making of the store, in a pull, in a build and in a removal.
+func TestKillAtEveryPoint(t *testing.T) {
+	at := newPlace(t, 6, 30)
+	_, known := at.killOnce(t, "", 0) // counts only
+	kills := 0
+	for _, tr := range layout.Transitions() {
+		n := known.points[tr.Point]
+		if n == 0 {
+			t.Errorf("%s (%s): the fault point %s never fired", tr.ID, tr.Operation, tr.Point)
+		}
+		occurrences := []int{1, (n + 1) / 2, n - n/8}
+		slices.Sort(occurrences)
+		for _, count := range slices.Compact(occurrences) {
+			if count < 1 {
+				continue
+			}
+			if killed, _ := at.killOnce(t, tr.Point, count); killed {
+				kills++
+			} else if count == 1 {
+				t.Errorf("%s (%s): the fault point %s did not fire again", tr.ID, tr.Operation, tr.Point)
+			}
+		}
+	}
+	t.Logf("killed at %d crash points; passed: %v", kills, known.points)
+	if kills < minimumKills {
+		t.Errorf("killed at %d crash points, the committed minimum is %d", kills, minimumKills)
+	}
+}
+
+// killOnce runs the workload until it is killed at an occurrence of a fault
+// point, and judges what is left.
+func (p place) killOnce(t *testing.T, point string, count int) (killed bool, known facts) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "varve-kill-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	var marks, lines []string
+	w := p.worker("work")
+	w.Env = append(w.Env, killPoint+"="+point, killCount+"="+strconv.Itoa(count))
+	w.Mark = func(line string) {
+		if f, ok := strings.CutPrefix(line, fact); ok {
+			lines = append(lines, f)
+		} else {
+			marks = append(marks, line)
+			killed = killed || line == "killed at "+point
+		}
+	}
+	err = w.Run(dir, p.state, p.remote)
+	if err != nil && !killed {
+		t.Fatalf("%s, occurrence %d: %v", point, count, err)
+	}
+	known = factsOf(lines)
+	wrong := p.judge(dir, ledgerOf(marks), known, again)
+	wrong = append(wrong, p.remains()...)
+	if len(wrong) > 0 {
+		t.Errorf("%s, occurrence %d, after %q:\n  %s", point, count, marks[max(0, len(marks)-2):], strings.Join(wrong, "\n  "))
+	}
+	return killed, known
+}
+
+// remains returns what a killed process left on the machine, outside its
+// store: shims that go on, and files that live as long as a call.
+func (p place) remains() (found []string) {
+	deadline := time.Now().Add(2 * time.Second)
+	for {
+		found = nil
+		exes, _ := filepath.Glob("/proc/[0-9]*/exe")
+		for _, exe := range exes {
+			if target, err := os.Readlink(exe); err == nil && strings.TrimSuffix(target, " (deleted)") == p.shim {
+				found = append(found, "a shim runs on: "+exe)
+			}
+		}
+		entries, err := os.ReadDir(p.state)
+		if err != nil {
+			return []string{err.Error()}
+		}
+		for _, e := range entries {
+			found = append(found, "in the state directory: "+e.Name())
+		}
+		if len(found) == 0 || time.Now().After(deadline) {
+			return found
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}

@@ -1,0 +1,199 @@
+package crashtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"testing"
+
+	"varve.dev/api/varve"
+	"varve.dev/daemon"
+	"varve.dev/durable"
+	"varve.dev/internal/powercut"
+	"varve.dev/internal/testkit"
+)
+
+func TestMain(m *testing.M) {
+	code := powercut.Main(m, map[string]powercut.Role{
+		"careless": careless,
+		"careful":  careful,
+		"work":     workOnStore,
+		"recover":  recoverStore,
+	})
+	testkit.RemoveBinaries()
+	os.Exit(code)
+}
+
+// The images of the workload, as they are named in the registry and in the
+// store.
+const (
+	stackedName = "stacked:1"
+	keptName    = "kept:1"
+	smallName   = "small:1"
+	builtName   = "built:1"
+)
+
+// place is where a workload works.
+type place struct {
+	remote string // address of the registry
+	state  string
+	shim   string
+}
+
+// newPlace serves the workload's images, with a stacked one of that size.
+func newPlace(t *testing.T, layers, filesEach int) place {
+	t.Helper()
+	testkit.NeedRoot(t)
+	registry := testkit.Registry(t)
+	registry.Push(t, testkit.Stacked(t, layers, filesEach), stackedName)
+	registry.Push(t, testkit.Busybox(t), smallName)
+	return place{remote: registry.Addr, state: t.TempDir(), shim: filepath.Join(testkit.Binaries(t), "varve-runtime")}
+}
+
+// worker returns a worker for this place, and the arguments of its role.
+func (p place) worker(role string) powercut.Worker {
+	return powercut.Worker{Role: role, Env: []string{"VARVE_RUNTIME=" + p.shim}}
+}
+
+// fact begins a line of a worker that is true whenever the power is cut; the
+// others are marks in time.
+const fact = "fact "
+
+// Where a workload is to kill itself.
+const (
+	killPoint = "VARVE_CRASH_POINT"
+	killCount = "VARVE_CRASH_COUNT"
+)
+
+// work is a store at work.
+type work struct {
+	*daemon.Engine
+	dir    string
+	remote string
+	mark   func(string, ...any)
+	hashed map[string]bool
+}
+
+// workOnStore is the workload: it makes a store, and pulls, tags, builds and
+// removes images in it. Its database is open from the beginning, so that no
+// later opening of it helps a name to become durable. args are those of
+// place: state directory and registry.
+func workOnStore(dir string, args []string, mark func(string, ...any)) error {
+	ctx := context.Background()
+	tellPoints := watchPoints(mark)
+	w := &work{dir: dir, remote: args[1], mark: mark, hashed: map[string]bool{}}
+	var err error
+	if w.Engine, err = daemon.Open(ctx, daemon.Options{Root: dir, State: args[0]}); err != nil {
+		return err
+	}
+	mark("opened")
+	steps := []func(context.Context) error{
+		w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build,
+		w.remove(w.remote + "/" + stackedName), w.remove(keptName), w.remove(builtName), w.pull(stackedName),
+	}
+	for _, step := range steps {
+		if err := errors.Join(step(ctx), w.hashLayers()); err != nil {
+			return errors.Join(err, w.Close(ctx))
+		}
+	}
+	if err := w.Close(ctx); err != nil {
+		return err
+	}
+	tellPoints()
+	return nil
+}
+
+// watchPoints counts the fault points that are passed, and kills the process
+// at the one that the environment names. What it returns tells the counts.
+func watchPoints(mark func(string, ...any)) (tell func()) {
+	point, left := os.Getenv(killPoint), 0
+	if point != "" {
+		left, _ = strconv.Atoi(os.Getenv(killCount))
+	}
+	var counts counter
+	durable.OnPoint(func(p string) {
+		if n := counts.add(p); p == point && n == left {
+			mark("killed at %s", p)
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {} // until the signal is delivered
+		}
+	})
+	return func() {
+		counts.each(func(p string, n int) { mark(fact+"point %s %d", p, n) })
+	}
+}
+
+// change carries do out between two marks: what it changes is in doubt from
+// the first to the second.
+func (w *work) change(what string, do func() error) error {
+	w.mark("will %s", what)
+	if err := do(); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	w.mark("did %s", what)
+	return nil
+}
+
+func (w *work) pull(name string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return w.change("+"+w.remote+"/"+name, func() error {
+			_, err := w.Pull(ctx, varve.PullRequest{Reference: w.remote + "/" + name, Registry: varve.Registry{PlainHTTP: true}}, nil)
+			return err
+		})
+	}
+}
+
+func (w *work) tag(source, target string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return w.change("+"+target, func() error {
+			return w.Tag(ctx, varve.TagRequest{Source: source, Target: target})
+		})
+	}
+}
+
+func (w *work) remove(name string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return w.change("-"+name, func() error {
+			_, err := w.Remove(ctx, varve.RemoveRequest{Name: name})
+			return err
+		})
+	}
+}
+
+// build builds an image in two stages on the small one.
+func (w *work) build(ctx context.Context) error {
+	files, err := os.MkdirTemp("", "context-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(files)
+	for i := range 20 {
+		if err := os.WriteFile(filepath.Join(files, fmt.Sprintf("file-%d", i)), plainContents(i), 0o644); err != nil {
+			return err
+		}
+	}
+	from := "FROM " + w.remote + "/" + smallName
+	dockerfile := from + " AS files\nCOPY file-1* /some/\nRUN rm /some/file-10 && mkdir /ran && echo here >/ran/it\n" +
+		from + "\nCOPY --from=files /some /some\nCOPY file-2 /etc/\nRUN ln /etc/file-2 /etc/same\nLABEL built=here\n"
+	return w.change("+"+builtName, func() error {
+		_, err := w.Build(ctx, varve.BuildRequest{
+			DockerfileBytes: []byte(dockerfile), Tags: []string{builtName},
+			Registry: varve.Registry{PlainHTTPHosts: []string{w.remote}},
+		}, varve.BuildContext{Dir: files}, nil)
+		return err
+	})
+}
+
+// hashLayers tells what every new layer has in it.
+func (w *work) hashLayers() error {
+	return eachLayer(w.dir, func(id, hash string) {
+		if !w.hashed[id] {
+			w.hashed[id] = true
+			w.mark(fact+"layer %s %s", id, hash)
+		}
+	})
+}
