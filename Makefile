@@ -43,7 +43,11 @@ lint: deps
 # Campaigns: minutes to hours, with a short seeded run of each in `test`.
 # make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1 (no FS: all three)
 powercut: deps
-	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v ./internal/powercut/...
+	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted' ./internal/crashtest
+
+# The simulation at every change instead of every k-th, and every kill.
+crash: deps
+	VARVE_ALL_CRASHES=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'Kill|Simulated|PowerCutAtEveryChange' ./snapshotter ./internal/crashtest
 
 clean:
 	rm -rf bin

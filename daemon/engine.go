@@ -26,6 +26,9 @@ type Options struct {
 	Root     string // the store's directory, made if it is not there
 	State    string // for sockets
 	Embedded bool   // in a command, not in a daemon
+	// Opened is told of the store's parts when it is open. For tests that
+	// watch what a store does to its disk; may be nil.
+	Opened func(*durable.Root, *metadata.DB)
 }
 
 // Engine is an open store with everything that works on it. It implements
@@ -84,6 +87,9 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	})
 	if e.scratch, err = newScratch(e.options.State); err != nil {
 		return err
+	}
+	if e.options.Opened != nil {
+		e.options.Opened(e.root, e.db)
 	}
 	e.builder = builder.New(builder.Config{
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch.dir,

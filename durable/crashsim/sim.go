@@ -32,6 +32,7 @@ type Sim struct {
 	missed  int
 	every   int
 	hook    func(Moment)
+	leave   func(kind durable.OpKind, name string) bool
 	err     error
 }
 
@@ -63,6 +64,18 @@ func (s *Sim) Every(k int, fn func(Moment)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.every, s.hook = k, fn
+}
+
+// LeaveOut plants a bug: where fn says so, what makes a name or its contents
+// durable has no effect, as if the workload had not done it.
+func (s *Sim) LeaveOut(fn func(kind durable.OpKind, name string) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leave = fn
+}
+
+func (s *Sim) leftOut(kind durable.OpKind, name string) bool {
+	return s.leave != nil && s.leave(kind, name)
 }
 
 // Ops returns how many changes were seen.
@@ -123,7 +136,7 @@ func (s *Sim) apply(op durable.Op) bool {
 	case durable.OpSyncDir, durable.OpBarrier:
 		known := true
 		for _, name := range append([]string{op.Path}, op.With...) {
-			known = s.madeDurable(op.Kind, name) && known
+			known = (s.leftOut(op.Kind, name) || s.madeDurable(op.Kind, name)) && known
 		}
 		return known
 	}
@@ -137,8 +150,10 @@ func (s *Sim) apply(op durable.Op) bool {
 	case durable.OpResize:
 		n.resize(op.Off)
 	case durable.OpSync:
-		s.refresh(op.Path, n)
-		n.syncData()
+		if !s.leftOut(op.Kind, op.Path) {
+			s.refresh(op.Path, n)
+			n.syncData()
+		}
 	case durable.OpSetattr:
 		s.refresh(op.Path, n)
 	case durable.OpRemove:

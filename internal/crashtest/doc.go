@@ -1,11 +1,12 @@
 // Package crashtest interrupts a whole store at work, and looks at what is
-// left: with every file system under it that a power cut matters to, and with
-// a kill at every fault point.
+// left: after a kill at every fault point, after a power cut at every k-th
+// change in a simulation, and after power cuts of real file systems.
 //
 // There is one workload (work_test.go), which pulls, tags, builds and removes
 // images; one judgement of the aftermath (aftermath_test.go), by a ledger of
 // what was acknowledged, a hash of each layer that shares no code with varve,
-// and the witness; and the instruments: kill_test.go, powercut_test.go.
+// and the witness; and the instruments: kill_test.go, simulate_test.go,
+// powercut_test.go.
 // Package snapshotter has the same below images, in one process.
 //
 // It consists of tests only.

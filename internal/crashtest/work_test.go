@@ -78,16 +78,26 @@ type work struct {
 	hashed map[string]bool
 }
 
-// workOnStore is the workload: it makes a store, and pulls, tags, builds and
-// removes images in it. Its database is open from the beginning, so that no
-// later opening of it helps a name to become durable. args are those of
-// place: state directory and registry.
+// workOnStore is the workload as a worker's role. args are those of place:
+// state directory and registry.
 func workOnStore(dir string, args []string, mark func(string, ...any)) error {
-	ctx := context.Background()
 	tellPoints := watchPoints(mark)
-	w := &work{dir: dir, remote: args[1], mark: mark, hashed: map[string]bool{}}
+	if err := doWork(dir, daemon.Options{State: args[0]}, args[1], mark); err != nil {
+		return err
+	}
+	tellPoints()
+	return nil
+}
+
+// doWork makes a store in dir, and pulls, tags, builds and removes images in
+// it. Its database is open from the beginning, so that no later opening of it
+// helps a name to become durable.
+func doWork(dir string, options daemon.Options, remote string, mark func(string, ...any)) error {
+	ctx := context.Background()
+	w := &work{dir: dir, remote: remote, mark: mark, hashed: map[string]bool{}}
+	options.Root = dir
 	var err error
-	if w.Engine, err = daemon.Open(ctx, daemon.Options{Root: dir, State: args[0]}); err != nil {
+	if w.Engine, err = daemon.Open(ctx, options); err != nil {
 		return err
 	}
 	mark("opened")
@@ -100,11 +110,7 @@ func workOnStore(dir string, args []string, mark func(string, ...any)) error {
 			return errors.Join(err, w.Close(ctx))
 		}
 	}
-	if err := w.Close(ctx); err != nil {
-		return err
-	}
-	tellPoints()
-	return nil
+	return w.Close(ctx)
 }
 
 // watchPoints counts the fault points that are passed, and kills the process
