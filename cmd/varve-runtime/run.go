@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 
@@ -97,10 +98,6 @@ func start(c *libcontainer.Container, p *libcontainer.Process, spec *runtime.Spe
 		tty.close()
 		return startCode(err), fmt.Errorf("start %q: %w", p.Args[0], err)
 	}
-	oom, err := c.NotifyOOM()
-	if err != nil {
-		oom = nil // a kernel or cgroup without it: the flag stays unset
-	}
 	if err := tty.start(); err != nil {
 		_ = c.Signal(unix.SIGKILL)
 		_, _ = p.Wait()
@@ -118,7 +115,7 @@ func start(c *libcontainer.Container, p *libcontainer.Process, spec *runtime.Spe
 	if state == nil {
 		return runtime.CodeRuntime, fmt.Errorf("wait: %w", err)
 	}
-	exit.OOMKilled = drained(oom)
+	exit.OOMKilled = oomKilled(c)
 	status := state.Sys().(syscall.WaitStatus)
 	if status.Signaled() {
 		exit.Signal = int(status.Signal())
@@ -139,14 +136,16 @@ func startCode(err error) int {
 	return runtime.CodeRuntime
 }
 
-// drained tells whether the kernel said that it killed for want of memory.
-func drained(oom <-chan struct{}) bool {
-	select {
-	case _, ok := <-oom:
-		return ok
-	case <-time.After(10 * time.Millisecond): // the notice may come after the death
+// oomKilled tells whether the kernel killed anything in the container for want
+// of memory, as far as its cgroup counts that. It must still be there.
+func oomKilled(c *libcontainer.Container) bool {
+	config := c.Config()
+	m, err := manager.New(config.Cgroups)
+	if err != nil {
 		return false
 	}
+	n, err := m.OOMKillCount()
+	return err == nil && n > 0
 }
 
 // forward hands signals on to the container's first process.

@@ -54,8 +54,8 @@ func configure(dir, rootfs string, s *runtime.Spec) (*configs.Config, *libcontai
 	oci := ociSpec(rootfs, s, caps)
 	if !s.Privileged {
 		oci.Linux.MaskedPaths, oci.Linux.ReadonlyPaths = masked, readonly
-		if oci.Linux.Seccomp, err = seccomp.GetDefaultProfile(oci); err != nil {
-			return nil, nil, fmt.Errorf("seccomp: %w", err)
+		if oci.Linux.Seccomp, err = profile(oci); err != nil {
+			return nil, nil, err
 		}
 	}
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: s.ID, Spec: oci})
@@ -80,6 +80,18 @@ func configure(dir, rootfs string, s *runtime.Spec) (*configs.Config, *libcontai
 		UID: who.Uid, GID: who.Gid, AdditionalGroups: who.Sgids,
 	}
 	return config, process, makeCwd(rootfs, s, who)
+}
+
+// profile is docker's default seccomp profile without the x32 ABI, which
+// distributions' kernels do not have: libseccomp takes half of its time for it
+// (docs/design/0003-container-start.md).
+func profile(oci *specs.Spec) (*specs.LinuxSeccomp, error) {
+	p, err := seccomp.GetDefaultProfile(oci)
+	if err != nil {
+		return nil, fmt.Errorf("seccomp: %w", err)
+	}
+	p.Architectures = slices.DeleteFunc(p.Architectures, func(a specs.Arch) bool { return a == specs.ArchX32 })
+	return p, nil
 }
 
 func hasName(env []string, name string) bool {
