@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -33,6 +34,9 @@ type assembly struct {
 	unpackings  []*unpacked
 	refs        string // what the references of its ingests begin with
 	keepNothing bool   // abandon leaves no ingest for a next try
+
+	mu   sync.Mutex
+	left []digest.Digest // blobs with an unfinished ingest, kept for a next try
 }
 
 // unpacked is a manifest whose layers are being unpacked.
@@ -199,10 +203,26 @@ func (s *Store) intended(in layout.IntentRecord) bool {
 	return found || err != nil
 }
 
+// leave closes the ingest of a blob that did not come whole, for a next try.
+func (a *assembly) leave(d digest.Digest, in *content.Ingest) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.left = append(a.left, d)
+	return in.Close()
+}
+
 // abandon ends the assembly after an error, which it returns. Ingests stay
-// when the next try can go on from them.
+// when the next try can go on from them; a full disk gets back what was taken
+// of it.
 func (a *assembly) abandon(err error) error {
 	a.barrier.Abandon()
+	if errors.Is(err, errdefs.ErrResourceExhausted) {
+		for _, d := range a.left {
+			if aerr := a.store.blobs.Abort(context.Background(), a.refs+d.String()); !errors.Is(aerr, errdefs.ErrNotFound) {
+				err = errors.Join(err, aerr)
+			}
+		}
+	}
 	keep := !a.keepNothing && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned)))
 	for _, d := range a.order {
 		in := a.fresh[d]

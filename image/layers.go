@@ -181,7 +181,7 @@ func (r *layerRun) settle(j *job, in *content.Ingest, old int64, downloadErr, un
 	if wrong || permanent(downloadErr) || r.a.keepNothing || in.Size() == 0 {
 		err = in.Discard()
 	} else {
-		err = in.Close()
+		err = r.a.leave(j.desc.Digest, in)
 	}
 	return wrong && old > 0, errors.Join(downloadErr, err)
 }

@@ -71,9 +71,14 @@ func bind(source, target string, attr uint64) error {
 	return unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
+var errNoOverlay = fmt.Errorf("this kernel has no overlay file system (modprobe overlay): %w", unix.ENODEV)
+
 // stack mounts several directories as one.
 func stack(t Tree, target string) error {
 	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if errors.Is(err, unix.ENODEV) {
+		return errNoOverlay
+	}
 	if err != nil {
 		return stackOld(t, target)
 	}
@@ -126,5 +131,8 @@ func stackOld(t Tree, target string) error {
 	if len(data) >= os.Getpagesize() {
 		return fmt.Errorf("the options take %d bytes, more than the page that this kernel's mount(2) reads; Linux 6.5 has no such limit", len(data))
 	}
-	return unix.Mount("overlay", target, "overlay", 0, data)
+	if err := unix.Mount("overlay", target, "overlay", 0, data); !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	return errNoOverlay
 }

@@ -35,11 +35,15 @@ type host struct {
 // is checked, deeply, by the witness.
 func newHost(t *testing.T) *host {
 	t.Helper()
+	return newHostAt(t, filepath.Join(t.TempDir(), "root"))
+}
+
+// newHostAt has the store at root.
+func newHostAt(t *testing.T, root string) *host {
+	t.Helper()
 	testkit.NeedRoot(t)
-	bin := testkit.Binaries(t)
-	dir := t.TempDir()
-	h := &host{t: t, bin: bin, root: filepath.Join(dir, "root")}
-	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+filepath.Join(dir, "state"))
+	h := &host{t: t, bin: testkit.Binaries(t), root: root}
+	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+t.TempDir())
 	t.Cleanup(h.check)
 	return h
 }
