@@ -18,9 +18,10 @@ import (
 // terminal is the container's terminal, and this process's own that shows it.
 // A nil one is for containers without.
 type terminal struct {
-	ours   console.Console // the caller's; in raw mode while the container runs
+	ours   console.Console // the caller's; in raw mode while the container reads it
 	master console.Console
 	parent *os.File
+	input  bool // what is typed goes to the container
 	copied sync.WaitGroup
 }
 
@@ -50,7 +51,7 @@ func attach(p *libcontainer.Process, spec *runtime.Spec) (*terminal, error) {
 	if size, err := ours.Size(); err == nil {
 		p.ConsoleWidth, p.ConsoleHeight = size.Width, size.Height
 	}
-	return &terminal{ours: ours, parent: parent}, nil
+	return &terminal{ours: ours, parent: parent, input: spec.Stdin}, nil
 }
 
 // start receives the container's end and copies both ways.
@@ -70,11 +71,13 @@ func (t *terminal) start() error {
 	if err := console.ClearONLCR(t.master.Fd()); err != nil {
 		return fmt.Errorf("terminal: %w", err)
 	}
-	if err := t.ours.SetRaw(); err != nil {
-		return fmt.Errorf("terminal: %w", err)
-	}
 	t.resize()
-	go func() { _, _ = io.Copy(t.master, os.Stdin) }()
+	if t.input {
+		if err := t.ours.SetRaw(); err != nil {
+			return fmt.Errorf("terminal: %w", err)
+		}
+		go func() { _, _ = io.Copy(t.master, os.Stdin) }()
+	}
 	t.copied.Go(func() {
 		// The end of the container shows as EIO here.
 		if _, err := io.Copy(os.Stdout, t.master); err != nil && !errors.Is(err, unix.EIO) {
