@@ -14,81 +14,18 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/content"
-	"varve.dev/durable"
 	"varve.dev/errdefs"
-	"varve.dev/fsck"
-	"varve.dev/journal"
+	"varve.dev/internal/teststore"
 	"varve.dev/layout"
-	"varve.dev/metadata"
 )
-
-// opened is a store as far up as blobs.
-type opened struct {
-	root    *durable.Root
-	db      *metadata.DB
-	journal *journal.Journal
-	blobs   *content.Store
-}
-
-func open(ctx context.Context, dir string) (*opened, error) {
-	root, err := durable.Create(dir, 0o711)
-	if err != nil {
-		return nil, err
-	}
-	if err := journal.Create(root); err != nil {
-		return nil, err
-	}
-	db, err := metadata.Open(root, metadata.Options{})
-	if err != nil {
-		return nil, err
-	}
-	j, _, err := journal.Open(ctx, root, db)
-	if err != nil {
-		return nil, err
-	}
-	return &opened{root, db, j, content.New(root, db, j)}, nil
-}
-
-// close ends with the witness: no test may leave a store that fsck minds.
-func (o *opened) close() error {
-	err := errors.Join(o.journal.Drain(context.Background()), o.journal.Close(), o.db.Close())
-	path := o.root.Path(".")
-	if err = errors.Join(err, o.root.Close()); err != nil {
-		return err
-	}
-	report, err := fsck.Run(context.Background(), fsck.Options{Root: path, Level: layout.Deep})
-	if err != nil {
-		return err
-	}
-	if report.ExitCode() != 0 {
-		var text bytes.Buffer
-		report.WriteText(&text)
-		return errors.New(text.String())
-	}
-	return nil
-}
-
-func openTest(t *testing.T) *opened {
-	t.Helper()
-	o, err := open(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := o.close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return o
-}
 
 func TestContainerdSuite(t *testing.T) {
 	testsuite.ContentSuite(t, "varve", func(ctx context.Context, root string) (context.Context, ccontent.Store, func() error, error) {
-		o, err := open(ctx, root)
+		o, err := teststore.Open(ctx, root)
 		if err != nil {
 			return nil, nil, nil, err
 		}
-		return ctx, o.blobs, o.close, nil
+		return ctx, o.Blobs, o.End, nil
 	})
 }
 
@@ -103,16 +40,16 @@ func put(t *testing.T, s *content.Store, data []byte) layout.BlobDigest {
 }
 
 func TestBlobHasItsNameAndMode(t *testing.T) {
-	o := openTest(t)
-	d := put(t, o.blobs, []byte("once laid down"))
-	fi, err := os.Lstat(o.root.Path(layout.BlobPath(d)))
+	o := teststore.New(t)
+	d := put(t, o.Blobs, []byte("once laid down"))
+	fi, err := os.Lstat(o.Root.Path(layout.BlobPath(d)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if fi.Mode() != 0o444 {
 		t.Errorf("mode %v, want 0444", fi.Mode())
 	}
-	got, err := o.blobs.ReadBlob(t.Context(), d, 1<<20)
+	got, err := o.Blobs.ReadBlob(t.Context(), d, 1<<20)
 	if err != nil || string(got) != "once laid down" {
 		t.Errorf("read %q, %v", got, err)
 	}
@@ -122,11 +59,11 @@ func TestResumeAfterReopen(t *testing.T) {
 	dir := t.TempDir()
 	data := bytes.Repeat([]byte("varve"), 100_000)
 	d := layout.BlobDigest(digest.FromBytes(data))
-	o, err := open(t.Context(), dir)
+	o, err := teststore.Open(t.Context(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, err := o.blobs.OpenIngest(t.Context(), "half", d, int64(len(data)))
+	in, err := o.Blobs.OpenIngest(t.Context(), "half", d, int64(len(data)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,14 +71,14 @@ func TestResumeAfterReopen(t *testing.T) {
 		t.Fatal(err)
 	}
 	in.Close()
-	if err := o.close(); err != nil {
+	if err := o.End(); err != nil {
 		t.Fatal(err)
 	}
 
-	if o, err = open(t.Context(), dir); err != nil {
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
-	in, err = o.blobs.OpenIngest(t.Context(), "half", d, int64(len(data)))
+	in, err = o.Blobs.OpenIngest(t.Context(), "half", d, int64(len(data)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,37 +92,37 @@ func TestResumeAfterReopen(t *testing.T) {
 		t.Error(err)
 	}
 	in.Close()
-	if err := o.close(); err != nil {
+	if err := o.End(); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func TestLyingDigestGetsNoName(t *testing.T) {
-	o := openTest(t)
+	o := teststore.New(t)
 	lie := digest.FromString("something else")
-	err := ccontent.WriteBlob(t.Context(), o.blobs, "lie", bytes.NewReader([]byte("the truth")),
+	err := ccontent.WriteBlob(t.Context(), o.Blobs, "lie", bytes.NewReader([]byte("the truth")),
 		ocispec.Descriptor{Digest: lie, Size: 9})
 	if !errors.Is(err, errdefs.ErrFailedPrecondition) {
 		t.Errorf("error %v, want ErrFailedPrecondition", err)
 	}
-	if _, err := o.blobs.Info(t.Context(), lie); !errors.Is(err, errdefs.ErrNotFound) {
+	if _, err := o.Blobs.Info(t.Context(), lie); !errors.Is(err, errdefs.ErrNotFound) {
 		t.Errorf("info of the lie: %v, want ErrNotFound", err)
 	}
 }
 
 func TestDeletedBlobLeavesNothing(t *testing.T) {
-	o := openTest(t)
-	d := put(t, o.blobs, []byte("to be removed"))
-	if err := o.blobs.Delete(t.Context(), d.Digest()); err != nil {
+	o := teststore.New(t)
+	d := put(t, o.Blobs, []byte("to be removed"))
+	if err := o.Blobs.Delete(t.Context(), d.Digest()); err != nil {
 		t.Fatal(err)
 	}
-	if err := o.journal.Drain(t.Context()); err != nil {
+	if err := o.Journal.Drain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Lstat(o.root.Path(layout.BlobPath(d))); !os.IsNotExist(err) {
+	if _, err := os.Lstat(o.Root.Path(layout.BlobPath(d))); !os.IsNotExist(err) {
 		t.Errorf("file after drain: %v", err)
 	}
-	if got := put(t, o.blobs, []byte("to be removed")); got != d {
+	if got := put(t, o.Blobs, []byte("to be removed")); got != d {
 		t.Errorf("put again gave %s", got)
 	}
 }
@@ -193,19 +130,19 @@ func TestDeletedBlobLeavesNothing(t *testing.T) {
 // A blob that is published while its old file is being swept must end up
 // with a file: the race that moby and containerd both lost.
 func TestSweepAgainstPublish(t *testing.T) {
-	o := openTest(t)
+	o := teststore.New(t)
 	data := []byte("swept and wanted")
 	for range 200 {
-		d := put(t, o.blobs, data)
-		if err := o.blobs.Delete(t.Context(), d.Digest()); err != nil {
+		d := put(t, o.Blobs, data)
+		if err := o.Blobs.Delete(t.Context(), d.Digest()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	d := put(t, o.blobs, data)
-	if err := o.journal.Drain(t.Context()); err != nil {
+	d := put(t, o.Blobs, data)
+	if err := o.Journal.Drain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	r, err := o.blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
+	r, err := o.Blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,23 +154,23 @@ func TestSweepAgainstPublish(t *testing.T) {
 }
 
 func TestDamagedBlobIsNeverServed(t *testing.T) {
-	o, err := open(t.Context(), t.TempDir())
+	o, err := teststore.Open(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := put(t, o.blobs, []byte("whole"))
-	path := o.root.Path(layout.BlobPath(d))
+	d := put(t, o.Blobs, []byte("whole"))
+	path := o.Root.Path(layout.BlobPath(d))
 	if err := os.Truncate(path, 2); err != nil {
 		t.Fatal(err)
 	}
-	_, err = o.blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
+	_, err = o.Blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
 	if c := errdefs.AsCorrupt(err); c == nil || c.Invariant != "B2" {
 		t.Errorf("short blob: %v, want Corrupt B2", err)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	_, err = o.blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
+	_, err = o.Blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
 	if c := errdefs.AsCorrupt(err); c == nil || c.Invariant != "B1" {
 		t.Errorf("missing blob: %v, want Corrupt B1", err)
 	}

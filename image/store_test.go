@@ -14,11 +14,10 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/opencontainers/go-digest"
 
-	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
-	"varve.dev/journal"
+	"varve.dev/internal/teststore"
 	"varve.dev/layout"
 	"varve.dev/metadata"
 )
@@ -42,32 +41,19 @@ func openStoreIn(t testing.TB, dir string, options RemoteOptions) *opened {
 	if options.Patience == (Patience{}) {
 		options.Patience = testPatience
 	}
-	root, err := durable.Create(filepath.Join(dir, "store"), 0o711)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := journal.Create(root); err != nil {
-		t.Fatal(err)
-	}
-	db, err := metadata.Open(root, metadata.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	j, _, err := journal.Open(t.Context(), root, db)
+	o, err := teststore.Open(t.Context(), filepath.Join(dir, "store"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	remotes := NewRemotes(options)
 	u := &plainUnpacker{dir: filepath.Join(dir, "trees"), done: map[layout.DiffID]bool{}}
-	o := &opened{New(Config{Root: root, DB: db, Journal: j, Blobs: content.New(root, db, j), Unpacker: u, Remotes: remotes}), u}
 	t.Cleanup(func() {
 		remotes.Close()
-		err := errors.Join(j.Drain(context.Background()), j.Close(), db.Close(), root.Close())
-		if err != nil {
+		if err := o.End(); err != nil {
 			t.Error(err)
 		}
 	})
-	return o
+	return &opened{New(Config{Root: o.Root, DB: o.DB, Journal: o.Journal, Blobs: o.Blobs, Unpacker: u, Remotes: remotes}), u}
 }
 
 // testPatience keeps the proportions of the default and makes a test of

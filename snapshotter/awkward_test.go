@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"varve.dev/internal/testkit"
+	"varve.dev/internal/teststore"
 	"varve.dev/layer"
 	"varve.dev/layout"
 )
@@ -25,19 +26,11 @@ import (
 func TestAwkwardEqualsContainerd(t *testing.T) {
 	testkit.NeedRoot(t)
 	img := testkit.Awkward(t)
-	o, err := open(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := o.close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	o := teststore.New(t)
 	began := time.Now().Add(-time.Second).UnixNano() // the kernel's stamps lag
 	streams, diffs := layersOf(t, img)
 	top := unpackStreams(t, o, streams, diffs)
-	ours, err := o.snaps.Layers(t.Context(), top)
+	ours, err := o.Snaps.Layers(t.Context(), top)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,11 +75,11 @@ func layersOf(t *testing.T, img testkit.Image) (streams [][]byte, diffs []layout
 	return streams, diffs
 }
 
-func unpackStreams(t *testing.T, o *opened, streams [][]byte, diffs []layout.DiffID) layout.SnapshotKey {
+func unpackStreams(t *testing.T, o *teststore.Store, streams [][]byte, diffs []layout.DiffID) layout.SnapshotKey {
 	t.Helper()
-	lease := o.db.NewLease("test")
-	barrier := o.root.NewBarrier()
-	u, err := o.snaps.Begin(t.Context(), lease, diffs, barrier)
+	lease := o.DB.NewLease("test")
+	barrier := o.Root.NewBarrier()
+	u, err := o.Snaps.Begin(t.Context(), lease, diffs, barrier)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +99,7 @@ func unpackStreams(t *testing.T, o *opened, streams [][]byte, diffs []layout.Dif
 		t.Fatal(err)
 	}
 	in.Edges = append(in.Edges, layout.Edge{Parent: layout.ContainerdNode, Rel: layout.RelHolds, Child: layout.SnapshotNode(top)})
-	if err := o.journal.Publish(t.Context(), barrier, in); err != nil {
+	if err := o.Journal.Publish(t.Context(), barrier, in); err != nil {
 		t.Fatal(err)
 	}
 	return top

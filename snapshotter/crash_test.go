@@ -17,8 +17,8 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"varve.dev/durable/crashsim"
-	"varve.dev/fsck"
 	"varve.dev/internal/testkit"
+	"varve.dev/internal/teststore"
 	"varve.dev/layout"
 	"varve.dev/metadata"
 )
@@ -79,7 +79,7 @@ func (p *powerCuts) at(when string, ledger *ledger, image func(dir string, mode 
 // recover opens an image twice and looks at it in full.
 func (p *powerCuts) recover(when, dir string, want map[string]bool) {
 	for range 2 {
-		o, err := open(p.t.Context(), dir)
+		o, err := teststore.Open(p.t.Context(), dir)
 		if err != nil {
 			p.t.Errorf("%s: open: %v", when, err)
 			return
@@ -89,28 +89,18 @@ func (p *powerCuts) recover(when, dir string, want map[string]bool) {
 				p.t.Errorf("%s: %s: there %t, acknowledged %t", when, thing, has, there)
 			}
 		}
-		if err := o.close(); err != nil {
+		if err := o.Close(); err != nil {
 			p.t.Errorf("%s: close: %v", when, err)
 			return
 		}
 	}
-	p.check(when, dir)
-}
-
-// check has the witness look at a recovered image.
-func (p *powerCuts) check(when, dir string) {
-	report, err := fsck.Run(context.WithoutCancel(p.t.Context()), fsck.Options{Root: dir, Level: layout.Deep})
-	if err != nil {
-		p.t.Errorf("%s: fsck: %v", when, err)
-		return
-	}
-	for _, f := range report.Findings {
-		p.t.Errorf("%s: %s: %s: %s", when, f.Invariant, f.Object, f.Detail)
+	if err := teststore.Check(dir); err != nil {
+		p.t.Errorf("%s: %v", when, err)
 	}
 }
 
-func isThere(t *testing.T, o *opened, thing string) (has bool) {
-	err := o.db.View(t.Context(), func(tx *metadata.Tx) error {
+func isThere(t *testing.T, o *teststore.Store, thing string) (has bool) {
+	err := o.DB.View(t.Context(), func(tx *metadata.Tx) error {
 		has = tx.Blobs().Has(layout.BlobDigest(thing)) || tx.Snapshots().Has(layout.SnapshotKey(thing))
 		return nil
 	})
@@ -139,12 +129,12 @@ const minimumImages = 150
 func TestPowerCutAtEveryChange(t *testing.T) {
 	testkit.NeedRoot(t)
 	ctx := t.Context()
-	o, err := open(ctx, t.TempDir())
+	o, err := teststore.Open(ctx, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	sim, err := crashsim.Attach(o.root, crashsim.Database{Name: layout.DatabaseFile, Copy: func(w io.Writer) error {
-		return o.db.ForCheck().View(func(tx *bolt.Tx) error { _, err := tx.WriteTo(w); return err })
+	sim, err := crashsim.Attach(o.Root, crashsim.Database{Name: layout.DatabaseFile, Copy: func(w io.Writer) error {
+		return o.DB.ForCheck().View(func(tx *bolt.Tx) error { _, err := tx.WriteTo(w); return err })
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -161,7 +151,7 @@ func TestPowerCutAtEveryChange(t *testing.T) {
 	if err := sim.Err(); err != nil {
 		t.Error(err)
 	}
-	if err := o.close(); err != nil {
+	if err := o.Close(); err != nil {
 		t.Error(err)
 	}
 	t.Logf("%d changes, %d crash images, %d changes not followed by name", sim.Ops(), sim.Images(), sim.Missed())
@@ -180,17 +170,17 @@ func imageScratch(t *testing.T) string {
 	return t.TempDir()
 }
 
-func crashWork(ctx context.Context, t *testing.T, o *opened, l *ledger) {
+func crashWork(ctx context.Context, t *testing.T, o *teststore.Store, l *ledger) {
 	data := bytes.Repeat([]byte("a blob by itself. "), 1000)
 	d := digest.FromBytes(data)
 	l.step(t, d.String(), true, func() error {
-		return ccontent.WriteBlob(ctx, o.blobs, "alone", bytes.NewReader(data), ocispec.Descriptor{Digest: d, Size: int64(len(data))})
+		return ccontent.WriteBlob(ctx, o.Blobs, "alone", bytes.NewReader(data), ocispec.Descriptor{Digest: d, Size: int64(len(data))})
 	})
 	var top layout.SnapshotKey
 	l.step(t, "image", false, func() (err error) { top, err = unpackImage(ctx, o); return err })
 	l.step(t, string(top), true, func() error { return nil })
-	l.step(t, "active", true, func() error { _, err := o.snaps.Prepare(ctx, "active", string(top)); return err })
-	tree, err := o.snaps.Tree(ctx, "active")
+	l.step(t, "active", true, func() error { _, err := o.Snaps.Prepare(ctx, "active", string(top)); return err })
+	tree, err := o.Snaps.Tree(ctx, "active")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -201,12 +191,12 @@ func crashWork(ctx context.Context, t *testing.T, o *opened, l *ledger) {
 		l.mu.Lock()
 		delete(l.there, "active") // becomes the committed one
 		l.mu.Unlock()
-		return o.snaps.Commit(ctx, "committed", "active")
+		return o.Snaps.Commit(ctx, "committed", "active")
 	})
 	l.step(t, "active", false, func() error { return nil })
-	l.step(t, "committed", false, func() error { return o.snaps.Remove(ctx, "committed") })
-	l.step(t, d.String(), false, func() error { return o.blobs.Delete(ctx, d) })
-	if err := o.journal.Drain(ctx); err != nil {
+	l.step(t, "committed", false, func() error { return o.Snaps.Remove(ctx, "committed") })
+	l.step(t, d.String(), false, func() error { return o.Blobs.Delete(ctx, d) })
+	if err := o.Journal.Drain(ctx); err != nil {
 		t.Fatal(err)
 	}
 }

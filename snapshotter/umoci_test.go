@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"varve.dev/internal/testkit"
+	"varve.dev/internal/teststore"
 	"varve.dev/layer"
 	"varve.dev/layout"
 	"varve.dev/overlay"
@@ -59,15 +60,7 @@ var umociDiffers = []difference{
 func TestAwkwardBesideUmoci(t *testing.T) {
 	testkit.NeedRoot(t)
 	testkit.Need(t, "umoci", "umoci")
-	o, err := open(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := o.close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	o := teststore.New(t)
 	streams, diffs := layersOf(t, testkit.Awkward(t))
 	left := byName(walkSnapshot(t, o, unpackStreams(t, o, streams, diffs)))
 	m, err := layer.Walk(t.Context(), umociUnpack(t, streams), layer.WalkOptions{})
@@ -107,12 +100,12 @@ func TestAwkwardBesideUmoci(t *testing.T) {
 }
 
 // walkSnapshot describes the tree that a container on top of a snapshot sees.
-func walkSnapshot(t *testing.T, o *opened, top layout.SnapshotKey) *layer.Manifest {
+func walkSnapshot(t *testing.T, o *teststore.Store, top layout.SnapshotKey) *layer.Manifest {
 	t.Helper()
-	if _, err := o.snaps.View(t.Context(), "view", string(top)); err != nil {
+	if _, err := o.Snaps.View(t.Context(), "view", string(top)); err != nil {
 		t.Fatal(err)
 	}
-	tree, err := o.snaps.Tree(t.Context(), "view")
+	tree, err := o.Snaps.Tree(t.Context(), "view")
 	if err != nil {
 		t.Fatal(err)
 	}
