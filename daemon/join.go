@@ -54,8 +54,8 @@ const joinTimeout = 30 * time.Second
 // has it open; or opening it here and serving it to others meanwhile.
 //
 // A guest announces itself when it joins, and the process that serves stays
-// until its guests are gone; whoever comes next opens the store. The file lock on the database decides
-// between two who try.
+// until its guests are gone; whoever comes next opens the store. The file lock
+// on the database decides between two who try.
 func Join(ctx context.Context, p Place) (*Joined, error) {
 	root, err := filepath.Abs(p.Root)
 	if err != nil {
@@ -126,7 +126,7 @@ func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
 		return nil, errors.Join(err, e.Close(ctx))
 	}
 	return &Joined{Backend: e, Embedded: true, close: func(ctx context.Context) error {
-		return errors.Join(server.Close(ctx), e.Close(ctx))
+		return errors.Join(server.Linger(ctx), server.Close(ctx), e.Close(ctx))
 	}}, nil
 }
 

@@ -64,11 +64,11 @@ func Listen(path string, backend varve.Backend) (*Server, error) {
 	return s, nil
 }
 
-// count keeps track of the calls under way. After [Server.Close] has begun a
-// new one is told to look for the next owner of the store.
+// count keeps track of the calls under way. When the server is about to end, a
+// new guest is told to look for the next owner of the store.
 func (s *Server) count(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !s.enter() {
+		if !s.enter(varve.IsStay(r)) {
 			w.Header().Set("Connection", "close")
 			http.Error(w, closingText, http.StatusServiceUnavailable)
 			return
@@ -81,10 +81,11 @@ func (s *Server) count(next http.Handler) http.Handler {
 // closingText answers a call that came too late.
 const closingText = "the store is being closed"
 
-func (s *Server) enter() bool {
+// enter counts a call in. Those who stay may go on calling to the end.
+func (s *Server) enter(newGuest bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.last {
+	if s.last && (newGuest || s.guests == 0) {
 		return false
 	}
 	if s.guests == 0 {
@@ -102,9 +103,29 @@ func (s *Server) leave() {
 	}
 }
 
-// Close lets the calls under way end, for as long as ctx allows, and takes no
-// new ones. The socket's name goes first, so that the next process looks for
-// the store instead of for this server.
+// Linger serves until nobody uses the server any more; from then on nobody can. Guests that come meanwhile are taken: the store is locked, so
+// they could only wait.
+func (s *Server) Linger(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		idle := s.idle
+		s.last = s.guests == 0
+		over := s.last
+		s.mu.Unlock()
+		if over {
+			return nil
+		}
+		select {
+		case <-idle:
+		case <-ctx.Done():
+			return fmt.Errorf("other commands still use the store through this one: %w", ctx.Err())
+		}
+	}
+}
+
+// Close takes no new guests, lets those that are there end what they do, for
+// as long as ctx allows, and ends the server. The socket's name goes first, so
+// that the next process looks for the store instead of for this server.
 func (s *Server) Close(ctx context.Context) error {
 	_ = os.Remove(s.path)
 	s.mu.Lock()

@@ -10,6 +10,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+
+	"golang.org/x/sys/unix"
 
 	"varve.dev/errdefs"
 )
@@ -18,7 +21,8 @@ import (
 type Client struct {
 	http   *http.Client
 	socket string
-	leave  func() // ends Stay; nil without
+	pinned *os.File // the socket, whatever becomes of its name; nil without Stay
+	leave  func()   // ends Stay; nil without
 }
 
 var _ Backend = (*Client)(nil)
@@ -26,13 +30,19 @@ var _ Backend = (*Client)(nil)
 // NewClient returns a client of the socket at the given path. It connects when
 // it is first used.
 func NewClient(socket string) *Client {
-	var d net.Dialer
-	return &Client{socket: socket, http: &http.Client{Transport: &http.Transport{
+	c := &Client{socket: socket}
+	c.http = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return d.DialContext(ctx, "unix", socket)
+			path := socket
+			if c.pinned != nil {
+				path = fmt.Sprintf("/proc/self/fd/%d", c.pinned.Fd())
+			}
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", path)
 		},
 		DisableCompression: true,
-	}}}
+	}}
+	return c
 }
 
 // Close ends the guest's stay and idle connections.
@@ -41,16 +51,26 @@ func (c *Client) Close() error {
 		c.leave()
 	}
 	c.http.CloseIdleConnections()
-	return nil
+	if c.pinned == nil {
+		return nil
+	}
+	return c.pinned.Close()
 }
 
-// Stay announces a guest: until Close whoever serves the socket does not shut
-// down by itself. It returns what is served there. Errors: ErrUnavailable.
+// Stay announces a guest, once, before any other call: until Close whoever
+// serves the socket does not shut down by itself, and takes the guest's calls
+// even when the socket's name is gone. It returns what is served there.
+// Errors: ErrUnavailable.
 func (c *Client) Stay(ctx context.Context) (Info, error) {
 	var info Info
+	fd, err := unix.Open(c.socket, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return info, fmt.Errorf("socket %s: %w: %w", c.socket, err, errdefs.ErrUnavailable)
+	}
+	c.pinned = os.NewFile(uintptr(fd), c.socket)
 	stay, leave := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, leave) // until the answer is here
-	body, err := c.open(stay, "stay", struct{}{}, nil)
+	body, err := c.open(stay, stayCall, struct{}{}, nil)
 	if err == nil {
 		if err = readAnswer(body, nil, nil, &info); err != nil {
 			body.Close()

@@ -11,6 +11,12 @@ import (
 // Prefix begins the path of every call.
 const Prefix = "/varve/v1/"
 
+// stayCall is the call that lasts as long as a guest stays; see [Client.Stay].
+const stayCall = "stay"
+
+// IsStay tells whether a request is a new guest's.
+func IsStay(r *http.Request) bool { return r.URL.Path == Prefix+stayCall }
+
 // Handler answers the calls under [Prefix] from b.
 func Handler(b Backend) http.Handler {
 	mux := http.NewServeMux()
@@ -30,7 +36,7 @@ func Handler(b Backend) http.Handler {
 	})
 	handle(mux, "create", func(c *call, req CreateRequest) (any, error) { return b.Create(c.ctx, req, c.event) })
 	handle(mux, "remove-container", func(c *call, id string) (any, error) { return nil, b.RemoveContainer(c.ctx, id) })
-	mux.HandleFunc("POST "+Prefix+"stay", stay(b))
+	mux.HandleFunc("POST "+Prefix+stayCall, stay(b))
 	return mux
 }
 

@@ -89,8 +89,11 @@ func first(values ...string) string {
 }
 
 // leaveTimeout bounds how long a command that is done waits for background
-// work and for guests that are stuck; longer work of guests is theirs to end.
+// work and for guests.
 const leaveTimeout = 24 * time.Hour
+
+// leaveNotice is when somebody who waits for the end is told why.
+const leaveNotice = 2 * time.Second
 
 // with joins the store, runs fn and lets go of it.
 func (g *globals) with(ctx context.Context, fn func(context.Context, *daemon.Joined) error) error {
@@ -106,6 +109,10 @@ func (g *globals) with(ctx context.Context, fn func(context.Context, *daemon.Joi
 	// An interrupt ends the work, not the orderly end.
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
 	defer cancel()
+	notice := time.AfterFunc(leaveNotice, func() {
+		fmt.Fprintln(os.Stderr, "varve: done; other commands use the store through this one, waiting for them")
+	})
+	defer notice.Stop()
 	if cerr := j.Close(end); err == nil {
 		err = cerr
 	}
