@@ -141,8 +141,8 @@ func TestTerminal(t *testing.T) {
 	p.await("\r\nwatching")
 	p.resize(120, 44)
 	p.await("\r\nresized")
-	p.hit("echo asleep; sleep 100\n")
-	p.await("\r\nasleep") // the shell throws away what is typed before it runs the line
+	p.hit("sh -c 'echo asleep; exec sleep 100'\n")
+	p.await("\r\nasleep") // said by who is interrupted, not by the shell that is about to start it
 	p.hit("\x03")
 	p.await("# ")
 	p.hit("echo after $?\n")
