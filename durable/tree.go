@@ -357,6 +357,21 @@ func (t *Tree) SetXattr(name, attr, value string) error {
 	return nil
 }
 
+// RemoveXattr takes an extended attribute from a directory. One that is not
+// there is no error.
+func (t *Tree) RemoveXattr(name, attr string) error {
+	f, err := t.open(name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return kinded("directory "+name, err)
+	}
+	defer f.Close()
+	if err := unix.Fremovexattr(int(f.Fd()), attr); err != nil && !errors.Is(err, unix.ENODATA) {
+		return kinded("extended attribute "+attr+" of "+name, err)
+	}
+	t.root.observe(Op{Kind: OpSetattr, Path: path.Join(t.rel, name)})
+	return nil
+}
+
 // Ensure makes the directory name if it is not there, with what is missing
 // above it; see [Tree.Implied].
 func (t *Tree) Ensure(name string) error {

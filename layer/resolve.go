@@ -32,6 +32,9 @@ func lookup(parents []Parent, name string) (*Entry, Parent, bool) {
 				return nil, p, false // everything below is hidden here
 			}
 		}
+		if p.Manifest.hidesAll() {
+			return nil, p, false
+		}
 	}
 	return nil, Parent{}, false
 }

@@ -59,6 +59,10 @@ func (s *Snapshotter) commit(ctx context.Context, holder layout.Node, name, key 
 		barrier.Abandon()
 		return fmt.Errorf("commit snapshot %q: %w", key, err)
 	}
+	if err := s.dropNeedlessOpaques(ctx, m, rec, barrier); err != nil {
+		barrier.Abandon()
+		return fmt.Errorf("commit snapshot %q: %w", key, err)
+	}
 	blob, scratch, err := s.stageManifest(m, barrier)
 	if err != nil {
 		barrier.Abandon()
@@ -84,6 +88,23 @@ func (s *Snapshotter) commit(ctx context.Context, holder layout.Node, name, key 
 		extend(&in)
 	}
 	return s.journal.Publish(ctx, barrier, in)
+}
+
+// dropNeedlessOpaques makes the layer one that can be stacked on others.
+func (s *Snapshotter) dropNeedlessOpaques(ctx context.Context, m *layer.Manifest, rec layout.SnapshotRecord, barrier *durable.Barrier) error {
+	if !m.HasOpaque() {
+		return nil
+	}
+	parents, err := s.Layers(ctx, rec.Parent)
+	if err != nil {
+		return err
+	}
+	tree, err := s.root.NewTree(activeTree(rec.Layer), barrier)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	return m.DropNeedlessOpaques(tree, parents)
 }
 
 func (s *Snapshotter) checkCommit(ctx context.Context, name, key layout.SnapshotKey) (rec layout.SnapshotRecord, err error) {

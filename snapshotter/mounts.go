@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -46,21 +47,34 @@ func (s *Snapshotter) Tree(ctx context.Context, key layout.SnapshotKey) (overlay
 // overlayfs takes at most 500 layers (OVL_MAX_STACK in fs/overlayfs/super.c).
 const maxChain = 500
 
-// chain returns the trees of a committed snapshot and all below it.
-func (s *Snapshotter) chain(tx *metadata.Tx, key layout.SnapshotKey) ([]string, error) {
-	var trees []string
-	for at := key; at != ""; {
+// chain returns the trees of a committed snapshot and all below it. Of a layer
+// that comes several times only the topmost shows anything: overlayfs would
+// refuse the others (ELOOP).
+func (s *Snapshotter) chain(tx *metadata.Tx, key layout.SnapshotKey) (trees []string, err error) {
+	err = eachBelow(tx, key, func(rec layout.SnapshotRecord) {
+		if tree := s.root.Path(layerTree(rec.Layer)); !slices.Contains(trees, tree) {
+			trees = append(trees, tree)
+		}
+	})
+	return trees, err
+}
+
+// eachBelow calls fn for a committed snapshot and all that it stands on, the
+// topmost first; for none if key is "".
+func eachBelow(tx *metadata.Tx, key layout.SnapshotKey, fn func(layout.SnapshotRecord)) error {
+	n := 0
+	for at := key; at != ""; n++ {
 		rec, err := tx.Snapshots().Get(at)
 		if err != nil {
-			return nil, fmt.Errorf("chain of snapshot %q: %w", key, err)
+			return fmt.Errorf("chain of snapshot %q: %w", key, err)
 		}
-		if len(trees) == maxChain {
-			return nil, fmt.Errorf("snapshot %q stands on more than %d layers, the most that overlayfs can stack: %w", key, maxChain, errdefs.ErrFailedPrecondition)
+		if n == maxChain {
+			return fmt.Errorf("snapshot %q stands on more than %d layers, the most that overlayfs can stack: %w", key, maxChain, errdefs.ErrFailedPrecondition)
 		}
-		trees = append(trees, s.root.Path(layerTree(rec.Layer)))
+		fn(rec)
 		at = rec.Parent
 	}
-	return trees, nil
+	return nil
 }
 
 func layerTree(id layout.LayerID) string { return path.Join(layout.LayerPath(id), layout.TreeDir) }
