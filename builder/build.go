@@ -120,15 +120,11 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	lease := b.DB.NewLease("build")
-	if err := lease.Make(ctx); err != nil {
+	s, err := b.begin(ctx, req, platform)
+	if err != nil {
 		return Result{}, err
 	}
-	defer func() {
-		_ = lease.Release(ctx)
-		b.Journal.Kick()
-	}()
-	s := &session{b: b, req: req, platform: platform, lease: lease, memo: map[digest.Digest]*vertexRun{}, keys: map[digest.Digest]string{}, resolved: map[string]resolved{}, locals: map[digest.Digest]*localTree{}}
+	defer s.end()
 	res, err := dockerfile.Build(ctx, &gateway{s: s})
 	if err != nil {
 		return Result{}, s.explain(err)
@@ -138,6 +134,21 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 		return Result{}, s.explain(err)
 	}
 	return out, nil
+}
+
+// begin makes what one build needs; end gives it back.
+func (b *Builder) begin(ctx context.Context, req Request, platform ocispec.Platform) (*session, error) {
+	s := &session{
+		b: b, req: req, platform: platform, lease: b.DB.NewLease("build"),
+		memo: map[digest.Digest]*vertexRun{}, keys: map[digest.Digest]string{},
+		resolved: map[string]resolved{}, locals: map[digest.Digest]*localTree{},
+	}
+	return s, s.lease.Make(ctx)
+}
+
+func (s *session) end() {
+	_ = s.lease.Release(context.Background())
+	s.b.Journal.Kick()
 }
 
 func platformOf(s string) (ocispec.Platform, error) {

@@ -29,7 +29,7 @@ var _ gwclient.Client = (*gateway)(nil)
 
 // withheld are capabilities of LLB that this solver has not: the frontend then
 // does without.
-var withheld = []apicaps.CapID{pb.CapMergeOp, pb.CapDiffOp}
+var withheld = []apicaps.CapID{pb.CapPassthroughOp}
 
 // BuildOpts tells the frontend what was asked for and what can be done.
 func (g *gateway) BuildOpts() gwclient.BuildOpts {

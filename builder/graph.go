@@ -97,6 +97,10 @@ func (v *vertex) name() string {
 		return fmt.Sprintf("%q", op.Exec.Meta.GetArgs())
 	case *pb.Op_File:
 		return fmt.Sprintf("file operation of %d actions", len(op.File.Actions))
+	case *pb.Op_Merge:
+		return fmt.Sprintf("merge of %d trees", len(op.Merge.Inputs))
+	case *pb.Op_Diff:
+		return "difference of two trees"
 	}
 	return v.digest.Encoded()[:12]
 }

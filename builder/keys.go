@@ -80,6 +80,12 @@ func relevant(op *pb.Op) ([]byte, string, error) {
 	case *pb.Op_File:
 		data, err := marshal(o.File)
 		return data, "file", err
+	case *pb.Op_Merge:
+		data, err := marshal(o.Merge)
+		return data, "merge", err
+	case *pb.Op_Diff:
+		data, err := marshal(o.Diff)
+		return data, "diff", err
 	}
 	return nil, "", fmt.Errorf("an operation of type %T is not known here: %w", op.Op, errdefs.ErrNotImplemented)
 }
@@ -147,7 +153,7 @@ func literalPrefix(c *pb.FileActionCopy) string {
 // types, modes, owners, link targets, xattrs and contents, and no times. If the
 // way to prefix may lead through a link, it is that of everything.
 func treeDigest(layers []layer.Parent, prefix string) string {
-	view := merged(layers)
+	view := layer.Merged(layers)
 	for dir := prefix; dir != "."; dir = path.Dir(dir) {
 		if e := view[dir]; e != nil && e.Mode&unix.S_IFMT == unix.S_IFLNK {
 			prefix = "."
@@ -174,50 +180,4 @@ func treeDigest(layers []layer.Parent, prefix string) string {
 		}
 	}
 	return k.sum()
-}
-
-// merged is what overlayfs would show of the layers, the topmost first, but
-// for the root directory itself.
-func merged(layers []layer.Parent) map[string]*layer.Entry {
-	view := map[string]*layer.Entry{}
-	hidden := map[string]bool{} // names below which lower layers do not show
-	for _, l := range layers {
-		var hides []string
-		for i := range l.Manifest.Entries {
-			e := &l.Manifest.Entries[i]
-			for _, n := range e.Names {
-				if n == "." || isHidden(hidden, view, n) {
-					continue
-				}
-				if e.IsWhiteout() {
-					hides = append(hides, n)
-					continue
-				}
-				if e.IsOpaque() || e.Mode&unix.S_IFMT != unix.S_IFDIR {
-					hides = append(hides, n)
-				}
-				if view[n] == nil {
-					view[n] = e
-				}
-			}
-		}
-		for _, n := range hides {
-			hidden[n] = true
-		}
-	}
-	return view
-}
-
-// isHidden tells whether a higher layer hides the name: by a whiteout of it
-// (hidden, and not in view), or by what it has at a directory above.
-func isHidden(hidden map[string]bool, view map[string]*layer.Entry, name string) bool {
-	if hidden[name] && view[name] == nil {
-		return true
-	}
-	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
-		if hidden[dir] {
-			return true
-		}
-	}
-	return false
 }

@@ -302,6 +302,10 @@ func (s *session) run(ctx context.Context, v *vertex, key, content string, input
 		out, err = step.exec(ctx, op.Exec)
 	case *pb.Op_File:
 		out, err = step.file(ctx, op.File)
+	case *pb.Op_Merge:
+		out, err = step.merge(ctx, op.Merge)
+	case *pb.Op_Diff:
+		out, err = step.diff(ctx, op.Diff)
 	default:
 		err = fmt.Errorf("an operation of type %T is not known here: %w", v.op.Op, errdefs.ErrNotImplemented)
 	}

@@ -214,6 +214,41 @@ CMD ["sh", "-c", "cat /left /right /from-mount /log; ls -ln /in; ls /docs; ls /c
 	}
 }
 
+// COPY --link makes the same tree as COPY, and is not carried out again when
+// only what it is put on has changed.
+func TestCopyLink(t *testing.T) {
+	h := newHost(t)
+	name := busybox(t)
+	text := func(link, version string) string {
+		return `FROM ` + name + ` AS parts
+RUN mkdir -p /out/sub && echo from > /out/sub/file && ln -s sub/file /out/link && chown 5:6 /out/sub/file
+FROM ` + name + `
+RUN echo ` + version + ` > /version && mkdir -p /app/sub && echo theirs > /app/sub/file && echo kept > /app/kept && mkdir /gone
+RUN rmdir /gone
+COPY ` + link + ` --from=parts /out/ /app/
+COPY ` + link + ` mine /app/sub/
+COPY ` + link + ` --chown=7:8 mine /gone/
+RUN cat /app/sub/file /app/kept /app/sub/mine > /all && rm /app/kept
+CMD ["sh", "-c", "cat /version /all; ls -lnR /app /gone | sed 's/[A-Z][a-z][a-z] [ 0-9]* [ 0-9:]* / /'"]
+`
+	}
+	dir := func(link, version string) string { return dockerfile(t, text(link, version), "mine", "mine\n") }
+	h.run("build", "-t", "plain", dir("", "1"))
+	h.run("build", "-t", "linked", dir("--link", "1"))
+	plain, linked := h.run("run", "--rm", "plain"), h.run("run", "--rm", "linked")
+	if plain != linked || !strings.HasPrefix(linked, "1\nfrom\nkept\nmine\n") {
+		t.Errorf("COPY gives\n%s\nCOPY --link gives\n%s", plain, linked)
+	}
+	// Two RUNs of the base, three merges and what comes after; none of the
+	// three copies, and nothing of what they copy from.
+	if out := h.run("build", "-t", "linked", dir("--link", "2")); !strings.Contains(out, " 6 run") {
+		t.Errorf("after a change of the base:\n%s", out)
+	}
+	if out := h.run("run", "--rm", "linked"); out != "2"+plain[1:] {
+		t.Errorf("after a change of the base:\n%s", out)
+	}
+}
+
 // The image that is built can be pulled from a registry by another host.
 func TestPushWhatWasBuilt(t *testing.T) {
 	h := newHost(t)
