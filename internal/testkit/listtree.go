@@ -15,14 +15,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// HashTree returns a digest over everything that a layer may hold below dir:
-// names, types, modes, owners, sizes, mtimes, device numbers, link targets,
-// xattrs, which names are one file, and contents. It shares no code with what
-// writes or checks a layer.
+// HashTree returns a digest over [ListTree].
 func HashTree(dir string) (string, error) {
-	sum := sha256.New()
+	lines, err := ListTree(dir)
+	sum := sha256.Sum256([]byte(strings.Join(lines, "\n")))
+	return hex.EncodeToString(sum[:]), err
+}
+
+// ListTree describes everything that a layer may hold below dir, a line for
+// each name in order: type, mode, owner, size, mtime, device numbers, link
+// target, xattrs, which names are one file, and the digest of the contents. It
+// shares no code with what writes or checks a layer.
+func ListTree(dir string) (lines []string, err error) {
 	names := map[uint64]string{} // inode → its first name
-	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -30,12 +36,15 @@ func HashTree(dir string) (string, error) {
 		if err != nil {
 			return err
 		}
-		return hashEntry(sum, path, rel, names)
+		var line strings.Builder
+		err = describeEntry(&line, path, rel, names)
+		lines = append(lines, line.String())
+		return err
 	})
-	return hex.EncodeToString(sum.Sum(nil)), err
+	return lines, err
 }
 
-func hashEntry(w io.Writer, path, rel string, names map[uint64]string) error {
+func describeEntry(w io.Writer, path, rel string, names map[uint64]string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
 		return &fs.PathError{Op: "lstat", Path: path, Err: err}
@@ -44,18 +53,18 @@ func hashEntry(w io.Writer, path, rel string, names map[uint64]string) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Nlink > 1 {
 		first, ok := names[st.Ino]
 		if ok {
-			fmt.Fprintf(w, " is %q\n", first)
+			fmt.Fprintf(w, " is %q", first)
 			return nil
 		}
 		names[st.Ino] = rel
 	}
-	if err := hashXattrs(w, path); err != nil {
+	if err := describeXattrs(w, path); err != nil {
 		return err
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		fmt.Fprintf(w, " size %d ", st.Size)
-		return hashContents(w, path)
+		return describeContents(w, path)
 	case unix.S_IFLNK:
 		target, err := os.Readlink(path)
 		if err != nil {
@@ -65,11 +74,10 @@ func hashEntry(w io.Writer, path, rel string, names map[uint64]string) error {
 	case unix.S_IFCHR, unix.S_IFBLK:
 		fmt.Fprintf(w, " device %d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
 	}
-	fmt.Fprintln(w)
 	return nil
 }
 
-func hashContents(w io.Writer, path string) error {
+func describeContents(w io.Writer, path string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -79,11 +87,11 @@ func hashContents(w io.Writer, path string) error {
 	if _, err := io.Copy(sum, f); err != nil {
 		return err
 	}
-	fmt.Fprintf(w, "%x\n", sum.Sum(nil))
+	fmt.Fprintf(w, "%x", sum.Sum(nil))
 	return nil
 }
 
-func hashXattrs(w io.Writer, path string) error {
+func describeXattrs(w io.Writer, path string) error {
 	list, err := xattrValue(func(buf []byte) (int, error) { return unix.Llistxattr(path, buf) })
 	if errors.Is(err, unix.ENOTSUP) || err == nil && list == "" {
 		return nil
