@@ -6,13 +6,17 @@ TAGS    := seccomp
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X varve.dev/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=1 $(GO) build -trimpath -tags $(TAGS) -ldflags "$(LDFLAGS)"
-GOTEST  := CGO_ENABLED=1 $(GO) test -tags $(TAGS)
+GOTEST   = CGO_ENABLED=1 $(GO) test -tags $(TAGS)$(TIER)
 
 # What the build, the tests and the demo need from Debian.
 PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
             docker-registry e2fsprogs xfsprogs btrfs-progs fuse3 iproute2 crun umoci
 
-.PHONY: all build deps demo test test-race lint powercut crash clean
+# What else the tests beside other tools need.
+CLIENTS := docker.io podman containerd runc crun
+PEERS   := runc
+
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash clean
 
 all: build
 
@@ -32,12 +36,25 @@ demo: build
 test: build
 	REQUIRE_ROOT=$${REQUIRE_ROOT:-$$(test "$$(id -u)" = 0 && echo 1)} $(GOTEST) -timeout 12m ./...
 
+# docker, podman and containerd take what varve made, and give it back.
+test-clients: TIER := ,clients
+test-clients: build
+	@scripts/install-packages $(CLIENTS)
+	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 20m -run TestClients ./cmd/varve
+
+# Many builds by varve and by BuildKit, which is built once per version: the
+# same trees and configs.
+test-peers: TIER := ,peers
+test-peers: build
+	@scripts/install-packages $(PEERS)
+	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 40m -run TestPeers ./cmd/varve
+
 # The race detector over the packages that share memory between goroutines.
 test-race: deps
 	$(GOTEST) -race -timeout 20m ./durable/... ./metadata/... ./journal/... ./content/... ./snapshotter/... ./layer/... ./fsck/...
 
 lint: deps
-	$(GO) vet -tags $(TAGS) ./...
+	$(GO) vet -tags $(TAGS),clients,peers ./...
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 
 # Campaigns: minutes to hours, with a short seeded run of each in `test`.

@@ -143,7 +143,7 @@ func copyFiles(ctx context.Context, src, dst string, a *pb.FileActionCopy, owner
 	options := copyOptions(a, owner)
 	for _, name := range names {
 		if a.AttemptUnpackDockerCompatibility {
-			done, err := unpack(ctx, src, name, dst, to)
+			done, err := unpack(ctx, src, name, dst, to, owner, a.Timestamp)
 			if err != nil {
 				return err
 			}
@@ -190,8 +190,9 @@ func keepSlash(p string) string {
 }
 
 // unpack extracts name into the directory to if it is an archive, compressed
-// or not, as ADD does, and tells whether it was one.
-func unpack(ctx context.Context, src, name, dst, to string) (bool, error) {
+// or not, as ADD does, and tells whether it was one. What is in it becomes
+// owner's, if owner has a say in whose files are.
+func unpack(ctx context.Context, src, name, dst, to string, owner copyfs.Chowner, ns int64) (bool, error) {
 	p, err := fs.RootPath(src, name)
 	if err != nil {
 		return false, err
@@ -215,7 +216,7 @@ func unpack(ctx context.Context, src, name, dst, to string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if _, err := copyfs.MkdirAll(dir, 0o755, nil, nil); err != nil {
+	if _, err := copyfs.MkdirAll(dir, 0o755, owner, times(ns)); err != nil {
 		return false, err
 	}
 	stream, _, err := layer.Decompress(f)
@@ -225,6 +226,13 @@ func unpack(ctx context.Context, src, name, dst, to string) (bool, error) {
 	defer stream.Close()
 	// An archive's own file called .wh.something is a file like others.
 	asItIs := archive.WithConvertWhiteout(func(*tar.Header, string) (bool, error) { return true, nil })
-	_, err = archive.Apply(ctx, dir, stream, asItIs)
+	asOwner := archive.WithFilter(func(hdr *tar.Header) (bool, error) {
+		u, err := owner(&copyfs.User{UID: hdr.Uid, GID: hdr.Gid})
+		if err == nil {
+			hdr.Uid, hdr.Gid = u.UID, u.GID
+		}
+		return true, err
+	})
+	_, err = archive.Apply(ctx, dir, stream, asItIs, asOwner)
 	return true, err
 }

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/moby/buildkit/solver/pb"
@@ -212,44 +211,6 @@ func (e *execution) bind(ctx context.Context, m *pb.Mount) error {
 	return nil
 }
 
-// cache mounts a directory that stays from build to build.
-func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
-	if m.Input >= 0 {
-		if on, err := e.input(m); err != nil || on != "" {
-			return errors.Join(err, fmt.Errorf("cache mount %s with contents to begin with (from=): %w", m.Dest, errdefs.ErrNotImplemented))
-		}
-	}
-	k := newKeyHash("cachemount")
-	k.add(m.CacheOpt.GetID())
-	rel := path.Join(layout.CacheMountDir, k.sum())
-	switch m.CacheOpt.GetSharing() {
-	case pb.CacheSharingOpt_LOCKED:
-		unlock, err := e.s.b.mounts.lock(ctx, rel)
-		if err != nil {
-			return err
-		}
-		e.unlock = append(e.unlock, unlock)
-	case pb.CacheSharingOpt_PRIVATE:
-		unlock, free := e.s.b.mounts.try(rel)
-		if !free {
-			// Somebody has it: an empty one for this step alone.
-			dir, err := os.MkdirTemp(e.s.b.Scratch, "cache-")
-			if err != nil {
-				return fmt.Errorf("cache mount: %w: %w", err, errdefs.ErrUnavailable)
-			}
-			e.scratch = append(e.scratch, dir)
-			e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: dir, Target: m.Dest, ReadOnly: m.Readonly})
-			return nil
-		}
-		e.unlock = append(e.unlock, unlock)
-	}
-	if err := e.s.b.Root.MkdirAll(rel, 0o755); err != nil {
-		return err
-	}
-	e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: e.s.b.Root.Path(rel), Target: m.Dest, ReadOnly: m.Readonly})
-	return nil
-}
-
 // run starts the command and waits for it.
 func (e *execution) run(ctx context.Context) error {
 	meta := e.op.Meta
@@ -338,48 +299,4 @@ type logWriter struct{ e *execution }
 func (w *logWriter) Write(p []byte) (int, error) {
 	w.e.s.event(Event{ID: string(w.e.v.digest), Name: w.e.v.name(), State: Started, Log: slices.Clone(p)})
 	return len(p), nil
-}
-
-// mountLocks serialise the use of cache mounts in this process, which is the
-// only one that has the store open.
-type mountLocks struct {
-	mu    *sync.Mutex
-	taken map[string]chan struct{}
-}
-
-func newMountLocks() mountLocks { return mountLocks{new(sync.Mutex), map[string]chan struct{}{}} }
-
-func (l *mountLocks) try(name string) (unlock func(), ok bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.taken[name] != nil {
-		return nil, false
-	}
-	over := make(chan struct{})
-	l.taken[name] = over
-	return func() {
-		l.mu.Lock()
-		delete(l.taken, name)
-		l.mu.Unlock()
-		close(over)
-	}, true
-}
-
-func (l *mountLocks) lock(ctx context.Context, name string) (func(), error) {
-	for {
-		if unlock, ok := l.try(name); ok {
-			return unlock, nil
-		}
-		l.mu.Lock()
-		over := l.taken[name]
-		l.mu.Unlock()
-		if over == nil {
-			continue
-		}
-		select {
-		case <-over:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
 }

@@ -64,6 +64,9 @@ func exportEntry(tw *tar.Writer, item named, dir string, buf []byte) error {
 	if e.IsWhiteout() {
 		return tw.WriteHeader(whiteoutHeader(item.name, whiteoutPrefix+path.Base(item.name), e))
 	}
+	if strings.HasPrefix(path.Base(item.name), whiteoutPrefix) {
+		return fmt.Errorf("an image cannot hold it: a name that begins with %s means a deletion there: %w", whiteoutPrefix, errdefs.ErrInvalidArgument)
+	}
 	hdr, err := headerOf(item)
 	if err != nil {
 		return err

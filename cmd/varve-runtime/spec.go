@@ -69,17 +69,24 @@ func configure(dir, rootfs string, s *runtime.Spec) (*configs.Config, *libcontai
 	if !hasName(env, "HOME") {
 		env = append(env, "HOME="+who.Home)
 	}
-	if !hasName(env, "HOSTNAME") && s.Hostname != "" {
-		env = append(env, "HOSTNAME="+s.Hostname)
-	}
 	if s.Terminal && !hasName(env, "TERM") {
 		env = append(env, "TERM=xterm")
 	}
 	process := &libcontainer.Process{
 		Args: s.Args, Env: env, Cwd: cwd(s), Init: true,
-		UID: who.Uid, GID: who.Gid, AdditionalGroups: who.Sgids,
+		UID: who.Uid, GID: who.Gid, AdditionalGroups: groups(who),
 	}
 	return config, process, makeCwd(rootfs, s, who)
+}
+
+// groups are the process's supplementary groups, its own group among them: a
+// program that drops its own group must not lose what that group denies
+// (CVE-2022-36109).
+func groups(who *user.ExecUser) []int {
+	if slices.Contains(who.Sgids, who.Gid) {
+		return who.Sgids
+	}
+	return append([]int{who.Gid}, who.Sgids...)
 }
 
 // profile is docker's default seccomp profile without the x32 ABI, which

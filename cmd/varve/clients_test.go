@@ -1,4 +1,4 @@
-//go:build clients
+//go:build clients || peers
 
 package main
 
@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -203,6 +204,12 @@ func (h *host) tree(name string, fn func(dir string)) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	mounted(h.t, h.layers(ref), fn)
+}
+
+// layers are the trees of an image, the topmost first.
+func (h *host) layers(ref image.Ref) (lowers []string) {
+	h.t.Helper()
 	o, err := teststore.Open(h.t.Context(), h.root)
 	if err != nil {
 		h.t.Fatal(err)
@@ -212,7 +219,6 @@ func (h *host) tree(name string, fn func(dir string)) {
 			h.t.Error(err)
 		}
 	}()
-	var lowers []string
 	err = o.DB.View(h.t.Context(), func(tx *metadata.Tx) error {
 		rec, err := tx.Images().Get(ref.String())
 		if err != nil {
@@ -232,7 +238,7 @@ func (h *host) tree(name string, fn func(dir string)) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	mounted(h.t, lowers, fn)
+	return lowers
 }
 
 // unpackedFrom looks for the snapshot of a manifest, or of one in an index.
@@ -253,21 +259,38 @@ func unpackedFrom(tx *metadata.Tx, blob layout.Node) (out []layout.Edge, err err
 	return out, err
 }
 
-func compare(t *testing.T, what string, ours, theirs map[string]string) {
+// compare compares what varve shows in the folder ours with theirs, as look
+// sees them.
+func compare(t *testing.T, look func(*testing.T, string) map[string]string, ours, theirs string) {
 	t.Helper()
-	if len(ours) == 0 {
-		t.Errorf("%s: varve's tree is empty", what)
-	}
-	for name, line := range ours {
-		if theirs[name] != line {
-			t.Errorf("%s:\n varve  %s\n theirs %s", what, line, theirs[name])
+	left, right := look(t, ours), look(t, theirs)
+	for name, line := range left {
+		if right[name] != line {
+			t.Errorf("varve  %s%s\n theirs %s%s", line, short(t, ours, name), right[name], short(t, theirs, name))
 		}
 	}
-	for name, line := range theirs {
-		if ours[name] == "" {
-			t.Errorf("%s: varve has no\n %s", what, line)
+	for name, line := range right {
+		if left[name] == "" {
+			t.Errorf("varve has no\n %s%s", line, short(t, theirs, name))
 		}
 	}
+}
+
+// short is what a quoted name's file says, if that is not much.
+func short(t *testing.T, dir, quoted string) string {
+	name, err := strconv.Unquote(quoted)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, name)
+	if fi, err := os.Lstat(path); err != nil || !fi.Mode().IsRegular() || fi.Size() > 2000 {
+		return ""
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "\n" + string(data)
 }
 
 // everything is a Dockerfile whose image has most of what a layer can hold.
@@ -295,29 +318,41 @@ func TestClients(t *testing.T) {
 	h.run("push", built)
 	archive := filepath.Join(t.TempDir(), "varve.tar")
 	h.run("save", "-o", archive, built)
-	var ours map[string]string
-	h.tree(built, func(dir string) { ours = listed(t, dir) })
+	// same compares what a client has under the name with what varve built.
+	same := func(t *testing.T, c client) {
+		t.Helper()
+		c.tree(t, built, func(theirs string) {
+			h.tree(built, func(ours string) { compare(t, listed, ours, theirs) })
+		})
+	}
+	// again compares what came back to another host.
+	again := func(t *testing.T, h2 *host) {
+		t.Helper()
+		h2.tree(built, func(theirs string) {
+			h.tree(built, func(ours string) { compare(t, listed, ours, theirs) })
+		})
+	}
 	for _, start := range []func(*testing.T) client{docker, podman, containerd} {
 		c := start(t)
 		t.Run(c.name+" pulls what varve pushed", func(t *testing.T) {
 			c.pull(t, built)
-			c.tree(t, built, func(dir string) { compare(t, c.name, ours, listed(t, dir)) })
+			same(t, c)
 		})
 		t.Run("varve pulls what "+c.name+" pushed", func(t *testing.T) {
 			c.push(t, built)
-			other := newHost(t)
-			other.run("pull", built)
-			other.tree(built, func(dir string) { compare(t, c.name, listed(t, dir), ours) })
-			if out, code := other.try("run", "--rm", built, "cat", "/srv/mine"); code != 0 || out != "mine\n" {
+			h2 := newHost(t)
+			h2.run("pull", built)
+			again(t, h2)
+			if out, code := h2.try("run", "--rm", built, "cat", "/srv/mine"); code != 0 || out != "mine\n" {
 				t.Errorf("run: code %d, %q", code, out)
 			}
 		})
 		t.Run("varve loads what "+c.name+" saved", func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "theirs.tar")
 			c.save(t, built, file)
-			other := newHost(t)
-			other.run("load", "-i", file)
-			other.tree(built, func(dir string) { compare(t, c.name, listed(t, dir), ours) })
+			h2 := newHost(t)
+			h2.run("load", "-i", file)
+			again(t, h2)
 		})
 	}
 	for _, start := range []func(*testing.T) client{docker, podman} {
@@ -326,11 +361,10 @@ func TestClients(t *testing.T) {
 			theirs := registry.Ref("by-" + c.name + ":1")
 			c.build(t, dockerfile(t, fmt.Sprintf(strings.NewReplacer("--link", "", "--chmod=640", "").Replace(everything), base), "mine", "mine\n"), theirs)
 			c.push(t, theirs)
-			other := newHost(t)
-			other.run("pull", theirs)
-			other.tree(theirs, func(dir string) {
-				tree := listed(t, dir)
-				c.tree(t, theirs, func(dir string) { compare(t, c.name, tree, listed(t, dir)) })
+			h2 := newHost(t)
+			h2.run("pull", theirs)
+			h2.tree(theirs, func(ours string) {
+				c.tree(t, theirs, func(theirs string) { compare(t, listed, ours, theirs) })
 			})
 		})
 	}
@@ -338,7 +372,7 @@ func TestClients(t *testing.T) {
 		c := start(t) // an empty one
 		t.Run(c.name+" loads what varve saved", func(t *testing.T) {
 			c.load(t, archive)
-			c.tree(t, built, func(dir string) { compare(t, c.name, ours, listed(t, dir)) })
+			same(t, c)
 		})
 	}
 }

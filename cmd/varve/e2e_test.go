@@ -118,6 +118,9 @@ func TestPullRunCheckRemove(t *testing.T) {
 	if out, code := h.try("run", "--rm", "-e", "A=b", name, "sh", "-c", "echo $A; exit 37"); code != 37 || !strings.Contains(out, "b\n") {
 		t.Errorf("run: code %d, output %q", code, out)
 	}
+	if out := h.run("run", "--rm", "-u", "7:8", name, "sh", "-c", "id -G; echo $HOSTNAME | wc -c"); out != "8\n13\n" {
+		t.Errorf("groups and host name: %q", out)
+	}
 	if out := h.run("images"); !strings.Contains(out, name) {
 		t.Errorf("images:\n%s", out)
 	}
@@ -170,15 +173,16 @@ mkdir /made
 EOF
 RUN --mount=type=bind,from=left,target=/mnt --mount=type=tmpfs,target=/t cat /mnt/side > /from-mount && touch /t/x
 RUN --mount=type=cache,target=/cache echo run >> /cache/log && cp /cache/log /log
+RUN --mount=type=cache,from=right,target=/begun --mount=type=cache,target=/owned,uid=7,mode=0700 cat /begun/side > /from-begun && stat -c %u:%a /owned >> /from-begun
 USER 7
 WORKDIR /made
-CMD ["sh", "-c", "cat /left /right /from-mount /log; ls -ln /in; ls /docs; ls /colour"]
+CMD ["sh", "-c", "cat /left /right /from-mount /log /from-begun; ls -ln /in; ls /docs; ls /colour"]
 `, "kept.txt", "kept\n", "ignored.txt", "x", "docs/a.md", "a", "docs/b.md", "b", "docs/c.txt", "c", ".dockerignore", "ignored.txt\ndocs/b.md\n")
 	if out := h.run("build", "-t", "built", dir); !strings.Contains(out, " 0 cached") {
 		t.Errorf("first build:\n%s", out)
 	}
 	out, code := h.try("run", "--rm", "built")
-	for _, want := range []string{"left\nright\nleft\nrun\n", "-rw-r-----    1 7        8", "a.md", "No such file"} {
+	for _, want := range []string{"left\nright\nleft\nrun\nright\n7:700\n", "-rw-r-----    1 7        8", "a.md", "No such file"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("run (code %d) lacks %q:\n%s", code, want, out)
 		}
@@ -206,7 +210,7 @@ CMD ["sh", "-c", "cat /left /right /from-mount /log; ls -ln /in; ls /docs; ls /c
 	if err := os.WriteFile(filepath.Join(dir, "docs", "a.md"), []byte("new"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if out := h.run("build", "-t", "built", dir); !strings.Contains(out, " 5 run") {
+	if out := h.run("build", "-t", "built", dir); !strings.Contains(out, " 6 run") {
 		t.Errorf("build after a change:\n%s", out)
 	}
 	if out := h.run("build", "-t", "blue", "--build-arg", "COLOUR=blue", dir); strings.Contains(out, " 0 run") {
@@ -279,6 +283,7 @@ func TestBadInput(t *testing.T) {
 		{"a Dockerfile that is none", []string{"build", dockerfile(t, "FROM "+name+"\nNONSENSE here\n")}, []string{"NONSENSE", "line 2"}},
 		{"a base that is nowhere", []string{"build", dockerfile(t, "FROM "+strings.Replace(name, "busybox", "nowhere", 1)+"\n")}, []string{"nowhere", "not found"}},
 		{"a step that fails", []string{"build", dockerfile(t, "FROM "+name+"\nRUN true\nRUN exit 3\n")}, []string{"Dockerfile:3", "exit code 3"}},
+		{"a name that an image cannot hold", []string{"build", dockerfile(t, "FROM "+name+"\nRUN touch /tmp/.wh.x\n")}, []string{"tmp/.wh.x", "deletion"}},
 		{"a file that is not there", []string{"build", dockerfile(t, "FROM "+name+"\nCOPY nothing /\n")}, []string{"nothing", "not found"}},
 		{"no such directory", []string{"build", "/no/such/directory"}, []string{"/no/such/directory"}},
 		{"an image that is nowhere", []string{"run", "--pull", "never", "nobody/has:this"}, []string{"nobody/has:this", "not found"}},

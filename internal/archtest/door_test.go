@@ -47,6 +47,7 @@ var exceptions = map[string]string{
 	"builder/fileactions.go":         "writes into a mounted snapshot, as a container would; its commit hands every file to the barrier",
 	"builder/copylocal.go":           "the same, for the build context",
 	"builder/run.go":                 "a step's hosts file and mount points, in the scratch folder under --state",
+	"builder/cachemount.go":          "what a cache mount begins with, nothing that is promised to last",
 	"builder/thread.go":              "mount points in the scratch folder under --state",
 	"builder/local.go os.CreateTemp": "a Dockerfile from standard input, gone after the build",
 	"builder/local.go os.Remove":     "the same",

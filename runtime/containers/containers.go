@@ -19,6 +19,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -56,6 +58,9 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 	spec.ID = string(id)
 	if spec.Hostname == "" {
 		spec.Hostname = string(id[:12])
+	}
+	if !slices.ContainsFunc(spec.Env, func(e string) bool { return strings.HasPrefix(e, "HOSTNAME=") }) {
+		spec.Env = append(spec.Env, "HOSTNAME="+spec.Hostname) // as docker does
 	}
 	lease := s.db.NewLease("create container " + string(id[:12]))
 	defer lease.Release(ctx)
