@@ -17,6 +17,10 @@ import (
 	"varve.dev/errdefs"
 )
 
+// ErrCutOff is the error of a call that was not answered to the end because
+// who answered it has ended. It is an ErrUnavailable too.
+var ErrCutOff = fmt.Errorf("the answer was cut off: %w", errdefs.ErrUnavailable)
+
 // Client is a [Backend] behind a unix socket.
 type Client struct {
 	http   *http.Client
@@ -119,7 +123,11 @@ func (c *Client) open(ctx context.Context, name string, req any, send io.Reader)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return nil, fmt.Errorf("%s through %s: %w: %w", name, c.socket, err, errdefs.ErrUnavailable)
+		kind := error(errdefs.ErrUnavailable)
+		if c.leave != nil {
+			kind = ErrCutOff // it was there a moment ago
+		}
+		return nil, fmt.Errorf("%s through %s: %w: %w", name, c.socket, kind, err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
@@ -138,7 +146,7 @@ func readAnswer(r io.Reader, progress func(Event), out io.Writer, result any) er
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return fmt.Errorf("the answer was cut off: %w: %w", err, errdefs.ErrUnavailable)
+			return fmt.Errorf("%w: %w", ErrCutOff, err)
 		}
 		switch {
 		case f.Error != nil:

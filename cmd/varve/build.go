@@ -33,7 +33,7 @@ func newBuild(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				return f.build(ctx, cmd, j, req, args[0])
 			})
 		},

@@ -38,7 +38,7 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 				level = layout.Quick
 			}
 			code := couldNotRun
-			err := g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			err := g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				show := newProgress(cmd.ErrOrStderr(), asJSON)
 				report, err := j.Fsck(ctx, varve.FsckRequest{Level: string(level)}, show.event)
 				show.finish()

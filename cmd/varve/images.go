@@ -22,7 +22,7 @@ func newImages(g *globals) *cobra.Command {
 		Short: "List images",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				list, err := j.List(ctx)
 				if err != nil {
 					return err
@@ -105,7 +105,7 @@ func newTag(g *globals) *cobra.Command {
 		Short: "Give an image another name",
 		Args:  cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				return j.Tag(ctx, varve.TagRequest{Source: args[0], Target: args[1]})
 			})
 		},
@@ -118,7 +118,7 @@ func newInspect(g *globals) *cobra.Command {
 		Short: "Print all that is known of images, as JSON",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				var all []string
 				for _, name := range args {
 					data, err := j.Inspect(ctx, name)
@@ -140,7 +140,7 @@ func newHistory(g *globals) *cobra.Command {
 		Short: "Show the steps that an image was made by",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				entries, err := j.History(ctx, args[0])
 				if err != nil {
 					return err

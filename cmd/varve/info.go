@@ -22,7 +22,7 @@ func newInfo(g *globals) *cobra.Command {
 		Short: "Describe the store and whoever has it open",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				info, err := j.Info(ctx)
 				if err != nil {
 					return err

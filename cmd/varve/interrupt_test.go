@@ -146,6 +146,40 @@ func TestInterruptedBuildHandsOver(t *testing.T) {
 	h.run("run", "--rm", "second", "true")
 }
 
+// The process that has the store open is killed; those who used it through
+// that process find another way.
+func TestHostIsKilled(t *testing.T) {
+	h := newHost(t)
+	name, mark := busybox(t), marker()
+	h.run("pull", name)
+	host, _ := h.begin("begun\n", "build", dockerfile(t, fmt.Sprintf("FROM %s\nRUN echo begun; sleep %s\n", name, mark)))
+	const guests = 3
+	ends := make(chan string, guests)
+	for i := range guests {
+		guest, out := h.begin("guest begun\n", "build", "-t", fmt.Sprintf("guest%d", i),
+			dockerfile(t, fmt.Sprintf("FROM %s\nRUN echo guest begun; sleep 1; echo %d > /made\n", name, i)))
+		go func() {
+			err := guest.Wait()
+			ends <- fmt.Sprintf("%v\n%s", err, out)
+		}()
+	}
+	if err := host.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = host.Wait()
+	for range guests {
+		if end := <-ends; !strings.HasPrefix(end, "<nil>") || !strings.Contains(end, "once more") {
+			t.Errorf("a guest ends with %s", end)
+		}
+	}
+	for i := range guests {
+		if out := h.run("run", "--rm", fmt.Sprintf("guest%d", i), "cat", "/made"); out != fmt.Sprintln(i) {
+			t.Errorf("guest %d made %q", i, out)
+		}
+	}
+	h.eventually("the killed build's step has ended", func() bool { return running(t, mark) == 0 })
+}
+
 // A pull that is interrupted goes on where it was.
 func TestInterruptedPull(t *testing.T) {
 	h := newHost(t)

@@ -24,7 +24,7 @@ func newPull(g *globals) *cobra.Command {
 				return err
 			}
 			req := varve.PullRequest{Reference: args[0], Platform: platform, Registry: registry}
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				show := newProgress(cmd.ErrOrStderr(), quiet)
 				image, err := j.Pull(ctx, req, show.event)
 				show.finish()
@@ -58,7 +58,7 @@ func newPush(g *globals) *cobra.Command {
 				return err
 			}
 			req := varve.PushRequest{Reference: args[0], Registry: registry}
-			return g.with(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			return g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				show := newProgress(cmd.ErrOrStderr(), quiet)
 				r, err := j.Push(ctx, req, show.event)
 				show.finish()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -94,6 +95,18 @@ const leaveTimeout = 24 * time.Hour
 
 // leaveNotice is when somebody who waits for the end is told why.
 const leaveNotice = 2 * time.Second
+
+// again is with for what may be done twice: when the process that had the store
+// open for this one is killed, another way to the store is looked for.
+func (g *globals) again(ctx context.Context, fn func(context.Context, *daemon.Joined) error) error {
+	for {
+		err := g.with(ctx, fn)
+		if !errors.Is(err, varve.ErrCutOff) || ctx.Err() != nil {
+			return err
+		}
+		fmt.Fprintln(os.Stderr, "varve: the process that had the store open has ended; once more")
+	}
+}
 
 // with joins the store, runs fn and lets go of it.
 func (g *globals) with(ctx context.Context, fn func(context.Context, *daemon.Joined) error) error {
