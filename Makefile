@@ -6,6 +6,8 @@ TAGS    := seccomp
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X varve.dev/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=1 $(GO) build -trimpath -tags $(TAGS) -ldflags "$(LDFLAGS)"
+# The linter is built once per version and kept in Go's cache.
+LINTER  := $(GO) run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 GOTEST   = CGO_ENABLED=1 $(GO) test -tags $(TAGS)$(TIER)
 
 # What the build, the tests and the demo need from Debian.
@@ -55,6 +57,7 @@ test-race: deps
 
 lint: deps
 	$(GO) vet -tags $(TAGS),clients,peers ./...
+	$(LINTER) run --build-tags $(TAGS),clients,peers ./...
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 
 # Campaigns: minutes to hours, with a short seeded run of each in `test`.

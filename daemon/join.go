@@ -96,7 +96,7 @@ func joinHost(ctx context.Context, host string) (*Joined, error) {
 	}
 	c := varve.NewClient(path)
 	if _, err := c.Stay(ctx); err != nil {
-		return nil, fmt.Errorf("daemon at %s: %w: %v", host, errdefs.ErrUnavailable, err)
+		return nil, fmt.Errorf("daemon at %s: %w: %s", host, errdefs.ErrUnavailable, err.Error())
 	}
 	return &Joined{Backend: c, close: func(context.Context) error { return c.Close() }}, nil
 }

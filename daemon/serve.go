@@ -139,6 +139,8 @@ func (s *Server) Close(ctx context.Context) error {
 		err = fmt.Errorf("calls were under way at shutdown: %w", ctx.Err())
 	}
 	err = errors.Join(err, s.http.Close())
-	<-s.done
+	if serr := <-s.done; !errors.Is(serr, http.ErrServerClosed) {
+		err = errors.Join(err, serr)
+	}
 	return err
 }

@@ -86,10 +86,10 @@ func (b *Barrier) settle(files []*os.File) error {
 	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 	for _, f := range files {
 		if err := unix.SyncFileRange(int(f.Fd()), 0, 0, all); err != nil {
-			b.fail(f.Name(), err)
+			_ = b.fail(f.Name(), err)
 		}
 		if err := f.Close(); err != nil {
-			b.fail(f.Name(), err)
+			_ = b.fail(f.Name(), err)
 		}
 	}
 	return b.failure()

@@ -83,7 +83,7 @@ func (r *Root) Poison(err error) { r.poison.CompareAndSwap(nil, &err) }
 // Poisoned returns nil, or an error of kind ErrPoisoned with its cause.
 func (r *Root) Poisoned() error {
 	if p := r.poison.Load(); p != nil {
-		return fmt.Errorf("store root %s: %w (cause: %v)", r.path, errdefs.ErrPoisoned, *p)
+		return fmt.Errorf("store root %s: %w (cause: %s)", r.path, errdefs.ErrPoisoned, (*p).Error())
 	}
 	return nil
 }

@@ -233,6 +233,9 @@ func TestEveryAttributeIsCompared(t *testing.T) {
 func (s *store) times(t *testing.T) map[string]time.Time {
 	out := map[string]time.Time{}
 	must(t, filepath.WalkDir(s.file("."), func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
 		fi, err := d.Info()
 		if err == nil {
 			out[name] = fi.ModTime()

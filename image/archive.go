@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -135,7 +136,7 @@ func (o *saving) tree(ctx context.Context, desc ocispec.Descriptor) error {
 			return err
 		}
 	}
-	blobs := append(doc.Layers, desc)
+	blobs := append(slices.Clone(doc.Layers), desc)
 	if doc.Config != nil {
 		blobs = append(blobs, *doc.Config)
 	}

@@ -63,8 +63,8 @@ func TestSaveAndLoad(t *testing.T) {
 		if got[0].ID != want[0].ID || strings.Join(got[0].Names, " ") != strings.Join(want[0].Names, " ") || got[0].Err != nil {
 			t.Errorf("%s: %+v, was %+v", name, got[0], want[0])
 		}
-		if to.unpacker.unpacked != 12 {
-			t.Errorf("%s: unpacked %d layers", name, to.unpacker.unpacked)
+		if to.unpacker.unpacked.Load() != 12 {
+			t.Errorf("%s: unpacked %d layers", name, to.unpacker.unpacked.Load())
 		}
 		if left := to.ingests(t); len(left) > 0 {
 			t.Errorf("%s: ingests are left: %v", name, left)

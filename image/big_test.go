@@ -12,12 +12,11 @@ import (
 	"varve.dev/internal/testkit"
 )
 
-// TestPullUnpacks: with real trees, a second pull of the tag finds everything
+// TestPullUnpacks: a second pull of the tag finds everything
 // there, and one of another image that shares layers fetches the rest only.
 func TestPullUnpacks(t *testing.T) {
 	testkit.NeedRoot(t)
 	o, proxy, ref := setup(t, testkit.Debian(t), "lib/debian:1")
-	o.withTrees(t)
 	if got := pull(t, o, ref); !got.Fresh {
 		t.Error("the first pull brought nothing")
 	}
@@ -64,7 +63,6 @@ func BenchmarkPullBig(b *testing.B) {
 	for b.Loop() {
 		b.StopTimer()
 		o := openStoreIn(b, b.TempDir(), RemoteOptions{Patience: DefaultPatience()})
-		o.withTrees(b)
 		b.StartTimer()
 		if _, err := o.Pull(b.Context(), ref, PullOptions{}); err != nil {
 			b.Fatal(err)

@@ -45,7 +45,7 @@ func remoteError(what string, err error) error {
 // comes from the transport (refused, reset, no such host, a certificate that
 // does not fit) or from the operating system.
 func kindOf(err error) error {
-	if cerrdefs.Resolve(err) != cerrdefs.ErrUnknown {
+	if !errors.Is(cerrdefs.Resolve(err), cerrdefs.ErrUnknown) {
 		return nil
 	}
 	return errdefs.ErrUnavailable

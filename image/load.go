@@ -103,7 +103,7 @@ const maxDocuments = 64 << 20
 func (l *loader) readTar(ctx context.Context, tr *tar.Reader) error {
 	for {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
@@ -233,7 +233,7 @@ func (l *loader) read(ctx context.Context, desc ocispec.Descriptor, limit int64)
 	if err != nil {
 		return nil, err
 	}
-	defer done()
+	defer func() { _ = done() }() // it was only read
 	return io.ReadAll(io.LimitReader(r, limit+1))
 }
 

@@ -96,7 +96,7 @@ func (l *loader) layerType(ctx context.Context, desc ocispec.Descriptor) (string
 	if err != nil {
 		return "", err
 	}
-	defer done()
+	defer func() { _ = done() }() // it was only read
 	stream, compression, err := layer.Decompress(r)
 	if err != nil {
 		return "", err

@@ -25,8 +25,8 @@ func TestPullByTagAndDigest(t *testing.T) {
 	if !got.Fresh || got.Target.Digest != img.Target.Digest || got.Name != ref.String() {
 		t.Errorf("pulled %+v", got)
 	}
-	if o.unpacker.unpacked != 12 {
-		t.Errorf("unpacked %d layers of 12", o.unpacker.unpacked)
+	if o.unpacker.unpacked.Load() != 12 {
+		t.Errorf("unpacked %d layers of 12", o.unpacker.unpacked.Load())
 	}
 	for _, d := range layersOf(t, o, img.Target) {
 		if last := events.last(d.Digest); last.Phase != Done || last.Bytes != d.Size {

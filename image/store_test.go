@@ -2,31 +2,25 @@ package image
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/pkg/archive"
-	"github.com/opencontainers/go-digest"
-
 	"varve.dev/durable"
-	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
 	"varve.dev/layout"
 	"varve.dev/metadata"
+	"varve.dev/snapshotter"
 )
 
-// opened is a store as far up as images, with an unpacker that is
-// containerd's.
+// opened is a store as far up as images.
 type opened struct {
 	*Store
-	unpacker *plainUnpacker
+	unpacker *countingUnpacker
 }
 
 // openStore makes a store in a temporary folder, with connections that lose
@@ -38,6 +32,7 @@ func openStore(t testing.TB, options RemoteOptions) *opened {
 
 func openStoreIn(t testing.TB, dir string, options RemoteOptions) *opened {
 	t.Helper()
+	testkit.NeedRoot(t)
 	if options.Patience == (Patience{}) {
 		options.Patience = testPatience
 	}
@@ -46,7 +41,7 @@ func openStoreIn(t testing.TB, dir string, options RemoteOptions) *opened {
 		t.Fatal(err)
 	}
 	remotes := NewRemotes(options)
-	u := &plainUnpacker{dir: filepath.Join(dir, "trees"), done: map[layout.DiffID]bool{}}
+	u := &countingUnpacker{Snapshotter: o.Snaps}
 	t.Cleanup(func() {
 		remotes.Close()
 		if err := o.End(); err != nil {
@@ -63,80 +58,26 @@ var testPatience = Patience{
 	Attempts: 4, Backoff: 10 * time.Millisecond, MaxBackoff: 50 * time.Millisecond, Total: 5 * time.Second,
 }
 
-// plainUnpacker unpacks each layer alone into a folder with containerd's
-// code. It publishes no snapshot: what it tests is the way there.
-type plainUnpacker struct {
-	dir string
-
-	mu       sync.Mutex
-	done     map[layout.DiffID]bool
-	unpacked int // layers, over all images
-	fail     error
+// countingUnpacker is the real one, and counts.
+type countingUnpacker struct {
+	*snapshotter.Snapshotter
+	unpacked atomic.Int64 // layers, over all images
 }
 
-func (u *plainUnpacker) Begin(_ context.Context, _ *metadata.Lease, chain []layout.DiffID, _ *durable.Barrier) (Unpack, error) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	p := &plainUnpack{unpacker: u, chain: chain, missing: make([]bool, len(chain))}
-	for i, d := range chain {
-		p.missing[i] = !u.done[d]
-	}
-	return p, nil
+type countingUnpack struct {
+	Unpack
+	unpacked *atomic.Int64
 }
 
-type plainUnpack struct {
-	unpacker *plainUnpacker
-	chain    []layout.DiffID
-	missing  []bool
+func (u *countingUnpacker) Begin(ctx context.Context, lease *metadata.Lease, chain []layout.DiffID, barrier *durable.Barrier) (Unpack, error) {
+	p, err := u.Snapshotter.Begin(ctx, lease, chain, barrier)
+	return countingUnpack{p, &u.unpacked}, err
 }
 
-func (p *plainUnpack) Missing() []bool { return p.missing }
-
-func (p *plainUnpack) Layer(ctx context.Context, i int, tar io.Reader) error {
-	u := p.unpacker
-	u.mu.Lock()
-	u.unpacked++
-	fail := u.fail
-	u.mu.Unlock()
-	if fail != nil {
-		return fail
-	}
-	dir := filepath.Join(u.dir, string(p.chain[i]), "fs")
-	if err := os.RemoveAll(dir); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	sum := digest.Canonical.Digester()
-	tar = io.TeeReader(tar, sum.Hash())
-	// Layers that link into lower ones cannot be applied alone; this
-	// unpacker only reads them.
-	if _, err := archive.Apply(ctx, dir, tar); err != nil && !errors.Is(err, os.ErrNotExist) {
-		if kindOf(err) == nil {
-			return err
-		}
-		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
-	}
-	if _, err := io.Copy(io.Discard, tar); err != nil {
-		return err
-	}
-	if got := layout.DiffID(sum.Digest()); got != p.chain[i] {
-		return fmt.Errorf("the stream has the digest %s, the config says %s: %w", got, p.chain[i], errdefs.ErrFailedPrecondition)
-	}
-	return nil
+func (p countingUnpack) Layer(ctx context.Context, i int, tar io.Reader) error {
+	p.unpacked.Add(1)
+	return p.Unpack.Layer(ctx, i, tar)
 }
-
-func (p *plainUnpack) Finish(context.Context, *layout.IntentRecord) (layout.SnapshotKey, error) {
-	p.unpacker.mu.Lock()
-	defer p.unpacker.mu.Unlock()
-	for _, d := range p.chain {
-		p.unpacker.done[d] = true
-	}
-	return "", nil
-}
-
-func (p *plainUnpack) Abandon() {}
 
 // setup is a registry that holds img, a proxy before it, and an empty store.
 func setup(t *testing.T, img testkit.Image, repoTag string) (*opened, *testkit.Proxy, Ref) {

@@ -119,7 +119,7 @@ func Decode(r io.Reader) (*Manifest, error) {
 	br := bufio.NewReader(r)
 	for {
 		tag, err := br.ReadByte()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return m, nil
 		}
 		if err == nil && tag != resourceTag {

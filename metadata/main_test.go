@@ -2,7 +2,6 @@ package metadata
 
 import (
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -116,18 +115,6 @@ func doUpdate(t testing.TB, db *DB, fn func(*Tx) error) {
 func view(t testing.TB, db *DB, fn func(*Tx) error) {
 	t.Helper()
 	must(t, db.View(t.Context(), fn))
-}
-
-func copyFile(t testing.TB, from, to string) {
-	t.Helper()
-	in, err := os.Open(from)
-	must(t, err)
-	defer in.Close()
-	out, err := os.Create(to)
-	must(t, err)
-	_, err = io.Copy(out, in)
-	must(t, err)
-	must(t, out.Close())
 }
 
 // digestOf makes up a digest.

@@ -126,14 +126,14 @@ func applyAll(t *testing.T, streams [][]byte) []string {
 			if err := os.RemoveAll(dir); err != nil {
 				t.Fatal(err)
 			}
-			applyMounted(t, base, dir, parents, s)
+			applyMounted(t, dir, parents, s)
 		}
 		dirs = append(dirs, dir)
 	}
 	return dirs
 }
 
-func applyMounted(t *testing.T, base, dir string, parents []string, stream []byte) {
+func applyMounted(t *testing.T, dir string, parents []string, stream []byte) {
 	t.Helper()
 	work, merged := dir+"-work", dir+"-merged"
 	for _, d := range []string{dir, work, merged} {

@@ -176,7 +176,7 @@ func Extract(ctx context.Context, r io.Reader, dir string) error {
 			return err
 		}
 		hdr, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err == nil {

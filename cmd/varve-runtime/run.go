@@ -64,7 +64,7 @@ func runSpec(dir string, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) 
 	}
 	// The mounts are this process's own and end with it.
 	stubs := missingTargets(rootfs, spec)
-	config, process, err := configure(dir, rootfs, spec)
+	config, process, err := configure(rootfs, spec)
 	if err != nil {
 		return runtime.CodeRuntime, err
 	}

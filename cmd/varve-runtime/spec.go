@@ -42,7 +42,7 @@ var (
 )
 
 // configure makes libcontainer's terms of a spec.
-func configure(dir, rootfs string, s *runtime.Spec) (*configs.Config, *libcontainer.Process, error) {
+func configure(rootfs string, s *runtime.Spec) (*configs.Config, *libcontainer.Process, error) {
 	who, err := lookupUser(rootfs, s.User)
 	if err != nil {
 		return nil, nil, err
@@ -76,7 +76,7 @@ func configure(dir, rootfs string, s *runtime.Spec) (*configs.Config, *libcontai
 		Args: s.Args, Env: env, Cwd: cwd(s), Init: true,
 		UID: who.Uid, GID: who.Gid, AdditionalGroups: groups(who),
 	}
-	return config, process, makeCwd(rootfs, s, who)
+	return config, process, makeCwd(rootfs, s)
 }
 
 // groups are the process's supplementary groups, its own group among them: a
@@ -113,7 +113,7 @@ func cwd(s *runtime.Spec) string {
 }
 
 // makeCwd makes the working directory if the image lacks it, as docker does.
-func makeCwd(rootfs string, s *runtime.Spec, who *user.ExecUser) error {
+func makeCwd(rootfs string, s *runtime.Spec) error {
 	rel := strings.Trim(cwd(s), "/")
 	if rel == "" || s.Rootfs.Upper == "" {
 		return nil

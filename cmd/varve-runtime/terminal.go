@@ -59,7 +59,7 @@ func (t *terminal) start() error {
 	if t == nil {
 		return nil
 	}
-	f, err := utils.RecvFile(t.parent)
+	f, err := utils.RecvFile(t.parent) //nolint:staticcheck // runc has no public successor yet
 	if err != nil {
 		return fmt.Errorf("terminal: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -118,7 +119,7 @@ func TestNoOverlay(t *testing.T) {
 	name := busybox(t)
 	without := func(args ...string) (string, int) {
 		cmd := exec.Command(os.Args[0], args...)
-		cmd.Env = append(h.env, noOverlay+"="+filepath.Join(h.bin, "varve"))
+		cmd.Env = append(slices.Clone(h.env), noOverlay+"="+filepath.Join(h.bin, "varve"))
 		out, _ := cmd.CombinedOutput()
 		return string(out), cmd.ProcessState.ExitCode()
 	}

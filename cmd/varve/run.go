@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -38,7 +39,8 @@ func newRun(g *globals) *cobra.Command {
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			err := f.run(cmd, g, args)
-			if _, isExit := err.(exitError); err == nil || isExit {
+			var exit exitError
+			if err == nil || errors.As(err, &exit) {
 				return err
 			}
 			fmt.Fprintln(cmd.ErrOrStderr(), "varve:", err)

@@ -1,6 +1,7 @@
 package crashsim
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"slices"
@@ -97,7 +98,7 @@ func load(path string, seen map[uint64]*inode) (*inode, error) {
 func readAttr(path string, st *unix.Stat_t) (attr, error) {
 	a := attr{mode: st.Mode &^ unix.S_IFMT, uid: int(st.Uid), gid: int(st.Gid), mtime: st.Mtim}
 	list, err := sized(func(buf []byte) (int, error) { return unix.Llistxattr(path, buf) })
-	if err == unix.ENOTSUP {
+	if errors.Is(err, unix.ENOTSUP) {
 		return a, nil
 	}
 	if err != nil {

@@ -48,7 +48,7 @@ func Registry(t testing.TB) *RegistryServer {
 	t.Cleanup(func() {
 		r.Stop()
 		if t.Failed() {
-			t.Logf("registry %s wrote:\n%s", r.Addr, r.log.tail(4096))
+			t.Logf("registry %s wrote:\n%s", r.Addr, r.log.tail())
 		}
 	})
 	return r
@@ -154,12 +154,12 @@ func (r *RegistryServer) await(ctx context.Context) error {
 		}
 		select {
 		case <-r.done:
-			if bytes.Contains(r.log.tail(4096), []byte("address already in use")) {
+			if bytes.Contains(r.log.tail(), []byte("address already in use")) {
 				return errPortTaken
 			}
-			return fmt.Errorf("%s ended before it answered:\n%s", registryBinary, r.log.tail(4096))
+			return fmt.Errorf("%s ended before it answered:\n%s", registryBinary, r.log.tail())
 		case <-ctx.Done():
-			return fmt.Errorf("%s did not answer at %s: %w\n%s", registryBinary, r.Addr, ctx.Err(), r.log.tail(4096))
+			return fmt.Errorf("%s did not answer at %s: %w\n%s", registryBinary, r.Addr, ctx.Err(), r.log.tail())
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -205,12 +205,10 @@ func (b *lockedBuffer) Write(p []byte) (int, error) {
 	return b.buf.Write(p)
 }
 
-func (b *lockedBuffer) tail(n int) []byte {
+// tail is the end of it, a page at most.
+func (b *lockedBuffer) tail() []byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	all := b.buf.Bytes()
-	if len(all) > n {
-		all = all[len(all)-n:]
-	}
-	return bytes.Clone(all)
+	return bytes.Clone(all[max(0, len(all)-4096):])
 }

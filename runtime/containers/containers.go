@@ -63,7 +63,7 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 		spec.Env = append(spec.Env, "HOSTNAME="+spec.Hostname) // as docker does
 	}
 	lease := s.db.NewLease("create container " + string(id[:12]))
-	defer lease.Release(ctx)
+	defer func() { _ = lease.Release(ctx) }() // it expires
 	if err := lease.Make(ctx); err != nil {
 		return "", "", err
 	}
