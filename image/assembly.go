@@ -13,6 +13,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
 )
@@ -177,30 +178,13 @@ func (a *assembly) publish(ctx context.Context, images []layout.ImageMake, edges
 	}
 	in.Edges = append(in.Edges, edges...)
 	if err := a.store.journal.Publish(ctx, a.barrier, in); err != nil {
-		if a.store.intended(in) {
-			// Past the point of no return: the files are the journal's.
+		if errors.Is(err, journal.ErrIntended) {
 			a.unpackings = nil
 			return a.letGo(err)
 		}
 		return a.abandon(err)
 	}
 	return a.letGo(nil)
-}
-
-// intended tells whether the journal holds an intent with the files of in, or
-// may hold one.
-func (s *Store) intended(in layout.IntentRecord) bool {
-	found := false
-	err := s.db.View(context.Background(), func(tx *metadata.Tx) error {
-		return tx.Intents().Each("", func(_ layout.IntentID, other layout.IntentRecord) error {
-			if len(in.Blobs) > 0 && len(other.Blobs) > 0 && in.Blobs[0].From == other.Blobs[0].From ||
-				len(in.Layers) > 0 && len(other.Layers) > 0 && in.Layers[0].ID == other.Layers[0].ID {
-				found = true
-			}
-			return nil
-		})
-	})
-	return found || err != nil
 }
 
 // leave closes the ingest of a blob that did not come whole, for a next try.

@@ -16,10 +16,14 @@ import (
 	"varve.dev/metadata"
 )
 
+// ErrIntended is in the error of a publication whose intent is recorded, or may
+// be: the store's next owner finishes it, and until then the files that it
+// names are the journal's.
+var ErrIntended = errors.New("it is recorded, and will be finished when the store is opened again")
+
 // Publish makes in real: after nil its blobs, layers, snapshots, images and
-// edges are durable, recorded and visible, all of them or, after an error that
-// came before the intent, none. After an error that came later the store's
-// next owner finishes it, or this one on a second try.
+// edges are durable, recorded and visible, all of them or, after an error
+// without [ErrIntended], none.
 //
 // barrier holds every file of in that has not been made durable otherwise. An
 // edge of in may lead to something that exists already, which the caller keeps
@@ -37,11 +41,14 @@ func (j *Journal) Publish(ctx context.Context, barrier *durable.Barrier, in layo
 	id := layout.IntentID(layout.NewID())
 	in.Created = time.Now().UTC()
 	if err := j.intend(ctx, id, in); err != nil {
+		if j.root.Poisoned() != nil {
+			err = fmt.Errorf("%w: %w", ErrIntended, err) // nobody knows
+		}
 		return fmt.Errorf("publish %s: %w", in.Purpose, err)
 	}
 	durable.At(layout.PointPublishIntended)
 	if err := j.carryOut(id, in); err != nil {
-		return fmt.Errorf("publish %s: %w", in.Purpose, err)
+		return fmt.Errorf("publish %s: %w: %w", in.Purpose, ErrIntended, err)
 	}
 	durable.At(layout.PointPublishRecorded)
 	return nil

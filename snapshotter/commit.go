@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -14,6 +15,7 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/journal"
 	"varve.dev/layer"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -68,7 +70,6 @@ func (s *Snapshotter) commit(ctx context.Context, holder layout.Node, name, key 
 		barrier.Abandon()
 		return fmt.Errorf("commit snapshot %q: %w", key, err)
 	}
-	defer s.journal.Discard(scratch) // published or not, the place is done with
 	now := time.Now().UTC()
 	size, inodes := m.Usage()
 	in := layout.IntentRecord{
@@ -87,7 +88,11 @@ func (s *Snapshotter) commit(ctx context.Context, holder layout.Node, name, key 
 	if extend != nil {
 		extend(&in)
 	}
-	return s.journal.Publish(ctx, barrier, in)
+	err = s.journal.Publish(ctx, barrier, in)
+	if !errors.Is(err, journal.ErrIntended) {
+		s.journal.Discard(scratch)
+	}
+	return err
 }
 
 // dropNeedlessOpaques makes the layer one that can be stacked on others.

@@ -16,6 +16,7 @@ import (
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
+	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/overlay"
 )
@@ -178,5 +179,50 @@ func TestCommitDropsNeedlessOpaques(t *testing.T) {
 		if want := e.Names[0] == "old"; e.IsOpaque() != want {
 			t.Errorf("%s: opaque %t, want %t", e.Names[0], e.IsOpaque(), want)
 		}
+	}
+}
+
+// A publication that fails when its intent is recorded leaves its files to the
+// journal: the next opening finishes it.
+func TestCommitThatFailsHalfWay(t *testing.T) {
+	testkit.NeedRoot(t)
+	dir := t.TempDir()
+	o, err := teststore.Open(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Snaps.PrepareFor(t.Context(), layout.ContainerdNode, "active", ""); err != nil {
+		t.Fatal(err)
+	}
+	tree, err := o.Snaps.Tree(t.Context(), "active")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tree.Upper, "f"), []byte("kept"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	blobs := filepath.Join(dir, "blobs", "sha256")
+	moved := blobs + ".moved"
+	if err := os.Rename(blobs, moved); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(blobs, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err = o.Snaps.Commit(t.Context(), "committed", "active")
+	if !errors.Is(err, journal.ErrIntended) {
+		t.Errorf("commit without a place for blobs: %v", err)
+	}
+	if err := errors.Join(os.Remove(blobs), os.Rename(moved, blobs), o.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if got := contents(t, o, "committed"); !slices.Equal(got, []string{"f=kept"}) {
+		t.Errorf("shown: %v", got)
+	}
+	if err := o.End(); err != nil {
+		t.Error(err)
 	}
 }
