@@ -115,7 +115,7 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 		}
 	}
 	for _, c := range candidates {
-		d, err := b.e.images.Inspect(ctx, c)
+		d, err := b.e.unpacked(ctx, c)
 		if err == nil && d.Target.Digest == resolved {
 			return d.Snapshot, nil
 		}

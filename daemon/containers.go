@@ -41,7 +41,7 @@ func (e *Engine) imageToRun(ctx context.Context, req varve.CreateRequest, progre
 	pull := varve.PullRequest{Reference: req.Image, Platform: req.Platform, Registry: req.Registry}
 	switch req.Pull {
 	case "", "missing", "never":
-		d, err := e.images.Inspect(ctx, req.Image)
+		d, err := e.unpacked(ctx, req.Image)
 		if !errors.Is(err, errdefs.ErrNotFound) || req.Pull == "never" {
 			return d, err
 		}
@@ -53,6 +53,18 @@ func (e *Engine) imageToRun(ctx context.Context, req varve.CreateRequest, progre
 		return image.Details{}, err
 	}
 	return e.images.Inspect(ctx, req.Image)
+}
+
+// unpacked looks at an image that is to be used, and unpacks it if it was not.
+func (e *Engine) unpacked(ctx context.Context, what string) (image.Details, error) {
+	d, err := e.images.Inspect(ctx, what)
+	if err != nil || d.Snapshot != "" || len(d.Image.RootFS.DiffIDs) == 0 {
+		return d, err
+	}
+	if err := e.images.Unpack(ctx, what); err != nil {
+		return d, err
+	}
+	return e.images.Inspect(ctx, what)
 }
 
 // specOf merges what the caller wants with what the image says, by docker's

@@ -72,7 +72,7 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	if err = journal.Create(e.root); err != nil {
 		return err
 	}
-	if e.db, err = metadata.Open(e.root, metadata.Options{}); err != nil {
+	if e.db, err = metadata.Open(e.root, metadata.Options{Rebuild: true}); err != nil {
 		return err
 	}
 	if e.journal, e.found, err = journal.Open(ctx, e.root, e.db); err != nil {
@@ -128,6 +128,23 @@ func (e *Engine) closeParts() error {
 	return errors.Join(append(all, e.root.Close())...)
 }
 
+// Rebuilt says what became of the database if it was lost or damaged and this
+// opening made it again; nothing if not.
+func (e *Engine) Rebuilt() (lines []string) {
+	rec := e.db.Rebuilt()
+	if rec == nil {
+		return nil
+	}
+	lines = append(lines, fmt.Sprintf("the database was rebuilt (%s): %d records", rec.Why, rec.Records))
+	for _, l := range rec.Lost {
+		lines = append(lines, "lost: "+l)
+	}
+	for _, k := range rec.Kept {
+		lines = append(lines, "kept: "+k)
+	}
+	return lines
+}
+
 // Info implements varve.Backend.
 func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 	info := varve.Info{
@@ -138,6 +155,7 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 	if err := unix.Uname(&uts); err == nil {
 		info.Kernel = unix.ByteSliceToString(uts.Release[:])
 	}
+	info.Recovered = append(info.Recovered, e.Rebuilt()...)
 	for _, purpose := range e.found.Finished {
 		info.Recovered = append(info.Recovered, "finished: "+purpose)
 	}

@@ -40,7 +40,9 @@ type Joined struct {
 	varve.Backend
 	// Embedded tells that the store is open in this process.
 	Embedded bool
-	close    func(context.Context) error
+	// Notice is what whoever opened the store has to be told.
+	Notice []string
+	close  func(context.Context) error
 }
 
 // Close ends the way to the store. If other commands use it through this
@@ -125,7 +127,7 @@ func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
 	if err != nil {
 		return nil, errors.Join(err, e.Close(ctx))
 	}
-	return &Joined{Backend: e, Embedded: true, close: func(ctx context.Context) error {
+	return &Joined{Backend: e, Embedded: true, Notice: e.Rebuilt(), close: func(ctx context.Context) error {
 		return errors.Join(server.Linger(ctx), server.Close(ctx), e.Close(ctx))
 	}}, nil
 }

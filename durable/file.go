@@ -172,10 +172,22 @@ func (r *Root) WriteFile(rel string, data []byte, perm fs.FileMode) error {
 		os.Remove(r.Path(tmp))
 		return err
 	}
-	if err := os.Rename(r.Path(tmp), r.Path(rel)); err != nil {
+	if err := r.Replace(tmp, rel); err != nil {
 		os.Remove(r.Path(tmp))
+		return err
+	}
+	return nil
+}
+
+// Replace gives the file old, whose contents are durable, the name rel in the
+// same directory, in place of what had it. After nil that is durable.
+func (r *Root) Replace(old, rel string) error {
+	if err := r.may(old, rel); err != nil {
+		return err
+	}
+	if err := os.Rename(r.Path(old), r.Path(rel)); err != nil {
 		return kinded("replace file", err)
 	}
-	r.observe(Op{Kind: OpRename, Path: tmp, To: rel})
+	r.observe(Op{Kind: OpRename, Path: old, To: rel})
 	return r.SyncDirs(filepath.Dir(rel))
 }

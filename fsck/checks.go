@@ -15,6 +15,7 @@ var checks = map[string]func(*checker, found){
 	"M1": func(c *checker, f found) { c.reportDamage("M1", f) },
 	"M2": func(c *checker, f found) { c.reportDamage("M2", f) },
 	"M3": func(c *checker, f found) { c.reportDamage("M3", f) },
+	"M4": (*checker).changeLog,
 
 	"B1": (*checker).blobStands,
 	"B2": (*checker).blobSize,

@@ -150,7 +150,7 @@ const (
 
 // rootNames: R1.
 func (c *checker) rootNames(f found) {
-	known := []string{layout.DatabaseFile, markerFile, lostAndFound}
+	known := []string{layout.DatabaseFile, layout.LogFile, layout.SuspectFile, layout.DamagedFile, markerFile, lostAndFound}
 	for _, d := range layout.Dirs() {
 		if !strings.Contains(d.Path, "/") {
 			known = append(known, d.Path)

@@ -40,6 +40,12 @@ var breakages = map[string]breakFunc{
 	"M3": func(t *testing.T, s *store, tx *bolt.Tx) {
 		put(t, tx, layout.BucketBlobs, "md5:1", layout.BlobRecord{})
 	},
+	"M4": func(t *testing.T, s *store, tx *bolt.Tx) {
+		s.keepLog = true
+		image := layout.Change{Bucket: layout.BucketImages, Key: "image"}
+		line, err := layout.EncodeLine(layout.ChangeRecord{Changes: []layout.Change{image}})
+		must(t, err, os.WriteFile(s.path(layout.LogFile), append(logOf(t, tx), line...), 0o600))
+	},
 	"B1": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.Remove(s.path(layout.BlobPath(s.files)))) },
 	"B2": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.Truncate(s.path(layout.BlobPath(s.files)), 1)) },
 	"B3": func(t *testing.T, s *store, tx *bolt.Tx) {

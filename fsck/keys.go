@@ -13,8 +13,8 @@ import (
 // What keys must look like, by bucket (M3).
 
 func metaKey(key string) error {
-	if key != layout.MetaKey {
-		return fmt.Errorf("the only key is %q", layout.MetaKey)
+	if key != layout.MetaKey && key != layout.RebuiltKey {
+		return fmt.Errorf("the keys are %q and %q", layout.MetaKey, layout.RebuiltKey)
 	}
 	return nil
 }

@@ -31,6 +31,10 @@ type records struct {
 	back       map[layout.Edge]bool // as stored parent first
 	intents    map[layout.IntentID]layout.IntentRecord
 	sweeps     map[string]layout.SweepRecord
+	store      string // its id
+	seq        uint64 // number of the last change
+	tail       map[string]layout.ChangeRecord
+	logged     map[string]string // bucket + NUL + key → what the log must say of it
 
 	// unreadable are records that are there and do not decode (M1). That
 	// what they name seems to be named by nobody is not said again.
@@ -45,7 +49,7 @@ func newRecords() *records {
 		leases: map[layout.LeaseID]layout.LeaseRecord{}, cache: map[string]layout.CacheRecord{},
 		byUse: map[string][]time.Time{}, edges: map[layout.Edge]bool{}, back: map[layout.Edge]bool{},
 		intents: map[layout.IntentID]layout.IntentRecord{}, sweeps: map[string]layout.SweepRecord{},
-		unreadable: map[string]bool{},
+		unreadable: map[string]bool{}, tail: map[string]layout.ChangeRecord{}, logged: map[string]string{},
 	}
 }
 
@@ -106,6 +110,9 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 	path := c.path(layout.DatabaseFile)
 	fi, err := os.Lstat(path)
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && !c.gone(layout.LogFile):
+		c.damaged("M2", theDatabase, "it is missing")
+		return nil, nil
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("no %s: %w", layout.DatabaseFile, errdefs.ErrNotFound)
 	case err != nil:
@@ -159,6 +166,8 @@ func (c *checker) read(tx *bolt.Tx, rec *records) error {
 	readBucket(c, tx, rec, layout.BucketCache, rec.cache, nameKey)
 	readBucket(c, tx, rec, layout.BucketIntents, rec.intents, nameKey)
 	readBucket(c, tx, rec, layout.BucketSweeps, rec.sweeps, elementKey)
+	readBucket(c, tx, rec, layout.BucketLogTail, rec.tail, elementKey)
+	readLogged(tx, rec)
 	c.readKeys(tx, layout.BucketEdges, func(k []byte) error { return addEdge(rec.edges, k, layout.ParseEdge) })
 	c.readKeys(tx, layout.BucketEdgesBack, func(k []byte) error { return addEdge(rec.back, k, layout.ParseBackEdge) })
 	c.readKeys(tx, layout.BucketCacheByUse, func(k []byte) error {
@@ -176,6 +185,10 @@ func (c *checker) readMeta(tx *bolt.Tx, rec *records) error {
 	metas := map[string]layout.MetaRecord{}
 	readBucket(c, tx, rec, layout.BucketMeta, metas, metaKey)
 	meta, ok := metas[layout.MetaKey]
+	rec.store = meta.ID
+	if b := tx.Bucket([]byte(layout.BucketMeta)); b != nil {
+		rec.seq = b.Sequence()
+	}
 	switch {
 	case !ok && rec.unreadable[layout.BucketMeta+"/"+layout.MetaKey]: // M1
 	case !ok:

@@ -27,8 +27,9 @@ import (
 // store is one that has something of everything, made by hand: what the
 // writers make is their tests' to hold against fsck.
 type store struct {
-	dir string
-	db  *bolt.DB // nil: closed
+	keepLog bool // the change log is left as it is
+	dir     string
+	db      *bolt.DB // nil: closed
 
 	blob, index, manifest, config, files layout.BlobDigest // files: base's file manifest
 }
@@ -243,7 +244,7 @@ func (s *store) addRest(t *testing.T, tx *bolt.Tx) {
 	)
 }
 
-// in changes the database by hand.
+// in changes the database by hand, and the change log with it.
 func (s *store) in(t *testing.T, fn func(tx *bolt.Tx) error) {
 	t.Helper()
 	db := s.db
@@ -253,7 +254,38 @@ func (s *store) in(t *testing.T, fn func(tx *bolt.Tx) error) {
 		must(t, err)
 		defer db.Close()
 	}
-	must(t, db.Update(fn))
+	must(t, db.Update(func(tx *bolt.Tx) error {
+		if err := fn(tx); err != nil || s.keepLog {
+			return err
+		}
+		return os.WriteFile(s.path(layout.LogFile), logOf(t, tx), 0o600)
+	}))
+}
+
+// logOf is a change log that begins with what the database holds.
+func logOf(t *testing.T, tx *bolt.Tx) (log []byte) {
+	t.Helper()
+	var meta layout.MetaRecord
+	must(t, layout.Decode(layout.BucketMeta, layout.MetaKey, tx.Bucket([]byte(layout.BucketMeta)).Get([]byte(layout.MetaKey)), &meta))
+	rec := layout.ChangeRecord{Store: meta.ID}
+	for _, name := range layout.LoggedBuckets() {
+		b := tx.Bucket([]byte(name))
+		must(t, b.ForEach(func(k, v []byte) error {
+			value := []byte("true")
+			if name != layout.BucketEdges {
+				value = layout.Body(v)
+			} else if e, err := layout.ParseEdge(k); err != nil || !layout.LoggedEdge(e) {
+				return nil
+			}
+			if json.Valid(value) {
+				rec.Changes = append(rec.Changes, layout.Change{Bucket: name, Key: string(k), Value: value})
+			}
+			return nil
+		}))
+	}
+	line, err := layout.EncodeLine(rec)
+	must(t, err)
+	return line
 }
 
 // open opens the database as a daemon would.

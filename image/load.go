@@ -317,16 +317,16 @@ func (l *loader) unpack(ctx context.Context, found []Loaded) (makes []layout.Ima
 			continue
 		}
 		unpacked[best.manifest.Digest] = true
-		if err := l.a.layers(ctx, best, l.absent, defaultParallel, l.options.Progress); err != nil {
+		if err := l.a.layers(ctx, best, absent, defaultParallel, l.options.Progress); err != nil {
 			return nil, nil, fmt.Errorf("image %s: %w", img.Name, err)
 		}
 	}
 	return makes, edges, nil
 }
 
-// absent is the source of a layer that the archive does not have.
-func (l *loader) absent(_ context.Context, desc ocispec.Descriptor, _ int64) io.ReadCloser {
-	return io.NopCloser(failing{fmt.Errorf("blob %s is neither in the archive nor in the store: %w", desc.Digest, errdefs.ErrNotFound)})
+// absent is the source of a layer that can be had nowhere else.
+func absent(_ context.Context, desc ocispec.Descriptor, _ int64) io.ReadCloser {
+	return io.NopCloser(failing{fmt.Errorf("blob %s is missing: %w", desc.Digest, errdefs.ErrNotFound)})
 }
 
 type failing struct{ err error }

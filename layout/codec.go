@@ -27,23 +27,34 @@ func Encode(key string, record any) ([]byte, error) {
 	return append(out, body...), nil
 }
 
+// Body returns the JSON of an encoded record, which need not be whole.
+func Body(value []byte) []byte { return value[min(checksumLen, len(value)):] }
+
 // Decode reads what [Encode] wrote under the same key. A value that fails is
 // reported as Corrupt, invariant M1.
 func Decode(bucket, key string, value []byte, record any) error {
-	corrupt := func(detail string) error {
-		return &errdefs.Corrupt{Invariant: "M1", Object: fmt.Sprintf("record %s/%q", bucket, key), Detail: detail}
+	if err := CheckSum(bucket, key, value); err != nil {
+		return err
 	}
-	if len(value) < checksumLen {
-		return corrupt(fmt.Sprintf("value is %d bytes long", len(value)))
-	}
-	body := value[checksumLen:]
-	if got, want := sum(key, body), binary.BigEndian.Uint32(value); got != want {
-		return corrupt(fmt.Sprintf("checksum %08x, stored %08x", got, want))
-	}
-	if err := json.Unmarshal(body, record); err != nil {
-		return corrupt(err.Error())
+	if err := json.Unmarshal(Body(value), record); err != nil {
+		return corruptRecord(bucket, key, err.Error())
 	}
 	return nil
+}
+
+// CheckSum compares a value with its checksum; see [Decode].
+func CheckSum(bucket, key string, value []byte) error {
+	if len(value) < checksumLen {
+		return corruptRecord(bucket, key, fmt.Sprintf("value is %d bytes long", len(value)))
+	}
+	if got, want := sum(key, Body(value)), binary.BigEndian.Uint32(value); got != want {
+		return corruptRecord(bucket, key, fmt.Sprintf("checksum %08x, stored %08x", got, want))
+	}
+	return nil
+}
+
+func corruptRecord(bucket, key, detail string) error {
+	return &errdefs.Corrupt{Invariant: "M1", Object: fmt.Sprintf("record %s/%q", bucket, key), Detail: detail}
 }
 
 func sum(key string, body []byte) uint32 {

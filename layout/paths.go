@@ -8,6 +8,9 @@ import (
 // Names in the root of a store.
 const (
 	DatabaseFile  = "varve.db"
+	LogFile       = "varve.log"        // what the database holds, once more; see [ChangeRecord]
+	SuspectFile   = "varve.db.suspect" // asks the next opening to look at every page and record
+	DamagedFile   = "varve.db.damaged" // the last database that had to be replaced
 	BlobsDir      = "blobs"
 	IngestDir     = "ingest"
 	LayersDir     = "layers"

@@ -17,6 +17,7 @@ func Print(w io.Writer) {
 			p("| `%s/` | %04o | %s |\n", d.Path, d.Perm, d.Meaning)
 		}
 	}
+	p("\nBeside these stand `%s`, the change log (a line for each commit: CRC-32C of the JSON in hex, a space, the JSON; the structs are in `layout/records.go`), and, after damage, `%s` and `%s`.\n", LogFile, SuspectFile, DamagedFile)
 	p("\nA blob stands at `%s`, a layer's tree at `%s/%s`, a writable layer at `%s/{%s,%s}`, an unfinished blob at `%s/{%s,%s}`.\n\n",
 		BlobPath("sha256:abcd…"), LayerPath("<id>"), TreeDir, ActivePath("<id>"), TreeDir, WorkDir, IngestPath("<id>"), IngestData, IngestInfo)
 	p("## Database\n\nBuckets: ")

@@ -1,6 +1,7 @@
 package layout
 
 import (
+	"encoding/json"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -26,6 +27,7 @@ const (
 	BucketEdgesBack  = "edgesback"  // parent, kind, child → empty
 	BucketIntents    = "intents"    // IntentID → [IntentRecord]
 	BucketSweeps     = "sweeps"     // trash id → [SweepRecord]
+	BucketLogTail    = "logtail"    // number of a change, 16 hex digits → [ChangeRecord]
 )
 
 // Buckets lists every bucket, for creation and for the check.
@@ -33,12 +35,16 @@ func Buckets() []string {
 	return []string{
 		BucketMeta, BucketBlobs, BucketLayers, BucketLayerKeys, BucketSnapshots,
 		BucketImages, BucketContainers, BucketLeases, BucketCache,
-		BucketCacheByUse, BucketEdges, BucketEdgesBack, BucketIntents, BucketSweeps,
+		BucketCacheByUse, BucketEdges, BucketEdgesBack, BucketIntents, BucketSweeps, BucketLogTail,
 	}
 }
 
-// MetaKey is the one key of BucketMeta.
-const MetaKey = "store"
+// Keys of BucketMeta. The bucket's own sequence is the number of the last
+// [ChangeRecord].
+const (
+	MetaKey    = "store"   // [MetaRecord]
+	RebuiltKey = "rebuilt" // [RebuiltRecord]; only if it ever was
+)
 
 // MetaRecord says what the store is.
 type MetaRecord struct {
@@ -195,6 +201,57 @@ type ImageMake struct {
 type CacheMake struct {
 	Key    string      `json:"key"`
 	Record CacheRecord `json:"record"`
+}
+
+// ChangeRecord is one line of the change log: what one commit changed of the
+// records that outlive the process. Replayed from the first line, the log
+// gives every record and edge of the database but for leases, intents, sweeps
+// and what these hold. It is read when the database is lost.
+//
+// A line is the CRC-32C of the JSON that follows it, as 8 hex digits, a space,
+// the JSON and a newline. Lines have consecutive numbers; only those of the
+// beginning, which hold what there was when the log was last written anew,
+// share one. A line is written when its commit is durable and synced some time
+// later. Until then it stands in BucketLogTail too.
+type ChangeRecord struct {
+	Store   string   `json:"store,omitempty"` // the first line: the store's id
+	Base    uint64   `json:"base,omitempty"`  // the first line: bytes of the beginning, about
+	Seq     uint64   `json:"seq"`
+	Changes []Change `json:"changes,omitempty"`
+}
+
+// Change is a record that was put or, without a value, deleted. An edge has
+// the bucket BucketEdges, its key there, and the value true.
+type Change struct {
+	Bucket string          `json:"b"`
+	Key    string          `json:"k"`
+	Value  json.RawMessage `json:"v,omitempty"`
+}
+
+// LoggedBuckets are those whose changes go into the log.
+func LoggedBuckets() []string {
+	return []string{
+		BucketBlobs, BucketLayers, BucketLayerKeys, BucketSnapshots, BucketImages, BucketContainers, BucketCache, BucketEdges,
+	}
+}
+
+// LoggedEdge tells whether an edge goes into the log: not if it ends with an
+// operation under way.
+func LoggedEdge(e Edge) bool {
+	kind, _ := e.Parent.Split()
+	return kind != KindLease && kind != KindIntent
+}
+
+// RebuiltRecord says that the database was lost and made again.
+type RebuiltRecord struct {
+	When time.Time `json:"when"`
+	Why  string    `json:"why"`
+	// Records were taken over from the log. Lost are those whose files are
+	// missing too, and those that no log tells of; Kept is what stands on
+	// disk and no record names.
+	Records int      `json:"records"`
+	Lost    []string `json:"lost,omitempty"`
+	Kept    []string `json:"kept,omitempty"`
 }
 
 // SweepRecord is something whose record is gone and whose files have yet to

@@ -12,6 +12,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"varve.dev/errdefs"
+	"varve.dev/layout"
 )
 
 // update is one caller's wish in the queue of the commit loop.
@@ -98,22 +99,28 @@ func (db *DB) commitGroup(group []*update) {
 // an update that failed, or -1 and what became of all of them.
 func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	failed = -1
+	var line []byte
 	err = db.guard(func() error {
-		return db.bolt.Update(func(tx *bolt.Tx) error {
+		return db.bolt.Update(func(btx *bolt.Tx) error {
+			tx := &Tx{bolt: btx, changes: new([]layout.Change)}
 			for i, u := range group {
-				if err := protect(func() error { return u.fn(&Tx{bolt: tx}) }); err != nil {
+				if err := protect(func() error { return u.fn(tx) }); err != nil {
 					failed = i
 					return err
 				}
 			}
-			return nil
+			var err error
+			line, err = db.log.stage(tx)
+			return err
 		})
 	})
+	_ = db.suspect(err)
 	if err != nil && (failed < 0 || db.broken.Load() != nil) {
 		return -1, db.commitFailed(err)
 	}
 	if err == nil {
 		db.commits.add(len(group))
+		db.log.append(line)
 	}
 	return failed, err
 }

@@ -33,6 +33,8 @@ type DB struct {
 	done    sync.WaitGroup
 	closed  sync.Once
 	commits commitCounter
+	log     *changeLog
+	rebuilt *layout.RebuiltRecord
 }
 
 // Options for [Open].
@@ -40,6 +42,10 @@ type Options struct {
 	// LockTimeout bounds the wait for another process to close the
 	// database; zero means do not wait.
 	LockTimeout time.Duration
+	// Rebuild asks for a new database, made from the change log and what
+	// stands on disk, in place of a damaged or missing one. Without it the
+	// error is Corrupt.
+	Rebuild bool
 }
 
 // temporaryDatabase is the name under which a database is made.
@@ -49,9 +55,38 @@ const temporaryDatabase = durable.TempPrefix + layout.DatabaseFile
 // Errors: [ErrLocked]; Corrupt (M1 to M3) for a damaged one;
 // ErrFailedPrecondition for a format that this code does not know.
 func Open(root *durable.Root, opts Options) (*DB, error) {
+	db, err := open(root, opts)
+	if !opts.Rebuild || errdefs.AsCorrupt(err) == nil {
+		return db, err
+	}
+	if rerr := rebuild(root, err); rerr != nil {
+		return nil, errors.Join(rerr, err)
+	}
+	if db, err = open(root, opts); err != nil {
+		return nil, fmt.Errorf("the database that was rebuilt: %w", err)
+	}
+	err = db.View(context.Background(), func(tx *Tx) error {
+		rec, err := table[string, layout.RebuiltRecord](tx, layout.BucketMeta).Get(layout.RebuiltKey)
+		db.rebuilt = &rec
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// Rebuilt says what became of a database that this Open has rebuilt; nil if
+// nothing was wrong with it.
+func (db *DB) Rebuilt() *layout.RebuiltRecord { return db.rebuilt }
+
+func open(root *durable.Root, opts Options) (*DB, error) {
 	path := root.Path(layout.DatabaseFile)
 	b, file, err := (*bolt.DB)(nil), (*os.File)(nil), errMade
 	if !made(root) {
+		if err := neverMade(root); err != nil {
+			return nil, err
+		}
 		b, file, err = create(root)
 	}
 	if errors.Is(err, errMade) {
@@ -62,6 +97,12 @@ func Open(root *durable.Root, opts Options) (*DB, error) {
 	}
 	db := &DB{root: root, path: path, bolt: b, file: file, queue: make(chan *update), closing: make(chan struct{})}
 	if err := db.check(); err != nil {
+		return nil, errors.Join(err, db.shut())
+	}
+	if err := db.checkRecords(); err != nil {
+		return nil, errors.Join(err, db.shut())
+	}
+	if err := db.openLog(); err != nil {
 		return nil, errors.Join(err, db.shut())
 	}
 	db.done.Add(1)
@@ -79,7 +120,7 @@ func (db *DB) Close() error {
 	db.closed.Do(func() {
 		close(db.closing)
 		db.done.Wait()
-		err = db.shut()
+		err = errors.Join(db.log.close(), db.shut())
 	})
 	return err
 }
@@ -102,11 +143,11 @@ func (db *DB) View(ctx context.Context, fn func(*Tx) error) error {
 		return err
 	}
 	defer faulting()()
-	return db.guard(func() error {
+	return db.suspect(db.guard(func() error {
 		return db.bolt.View(func(tx *bolt.Tx) error {
 			return protect(func() error { return fn(&Tx{bolt: tx}) })
 		})
-	})
+	}))
 }
 
 // guard runs a whole transaction of bbolt. A panic that comes through it left

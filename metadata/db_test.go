@@ -243,7 +243,7 @@ func TestConcurrentCreation(t *testing.T) {
 		}
 		entries, err := os.ReadDir(dir)
 		must(t, err)
-		if len(entries) != 1 || entries[0].Name() != layout.DatabaseFile {
+		if len(entries) != 2 || entries[0].Name() != layout.DatabaseFile || entries[1].Name() != layout.LogFile {
 			t.Errorf("the root holds %v", entries)
 		}
 		checkFile(t, filepath.Join(dir, layout.DatabaseFile))

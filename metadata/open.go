@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
+	"slices"
+	"strings"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -190,4 +193,91 @@ func (db *DB) check() error {
 		db.meta = meta
 		return nil
 	})
+}
+
+// checkRecords compares every value with its checksum, and the two halves of
+// every edge. A large database is looked at like this only if something in it
+// was found damaged before.
+func (db *DB) checkRecords() error {
+	suspected := isSuspect(db.root)
+	if fi, err := db.file.Stat(); err != nil || !suspected && fi.Size() > maxPagesRead*int64(os.Getpagesize()) {
+		return err
+	}
+	err := db.View(context.Background(), func(tx *Tx) error {
+		keysOnly := []string{layout.BucketEdges, layout.BucketEdgesBack, layout.BucketCacheByUse}
+		for _, name := range layout.Buckets() {
+			if slices.Contains(keysOnly, name) {
+				continue
+			}
+			err := tx.bolt.Bucket([]byte(name)).ForEach(func(k, v []byte) error { return layout.CheckSum(name, string(k), v) })
+			if err != nil {
+				return err
+			}
+		}
+		return errors.Join(
+			tx.checkHalves(layout.BucketEdges, layout.ParseEdge, layout.BucketEdgesBack, layout.Edge.BackKey),
+			tx.checkHalves(layout.BucketEdgesBack, layout.ParseBackEdge, layout.BucketEdges, layout.Edge.Key),
+		)
+	})
+	if err == nil && suspected {
+		err = dropSuspicion(db.root)
+	}
+	return err
+}
+
+func (tx *Tx) checkHalves(bucket string, parse func([]byte) (layout.Edge, error), other string, key func(layout.Edge) []byte) error {
+	halves := tx.bolt.Bucket([]byte(other))
+	return tx.bolt.Bucket([]byte(bucket)).ForEach(func(k, _ []byte) error {
+		e, err := parse(k)
+		if err == nil && halves.Get(key(e)) == nil {
+			err = fmt.Errorf("edge %q stands in %s alone", k, bucket)
+		}
+		if err != nil {
+			return &errdefs.Corrupt{Invariant: "M3", Object: "bucket " + bucket, Detail: err.Error()}
+		}
+		return nil
+	})
+}
+
+// suspect leaves a note for the next opening if err is damage of the database,
+// and returns err.
+func (db *DB) suspect(err error) error {
+	if c := errdefs.AsCorrupt(err); c != nil && strings.HasPrefix(c.Invariant, "M") && !isSuspect(db.root) {
+		// The store may be poisoned, or the disk full: then the next
+		// opening has to find it by itself.
+		_ = db.root.WriteFile(layout.SuspectFile, []byte(c.Error()+"\n"), 0o600)
+	}
+	return err
+}
+
+func isSuspect(root *durable.Root) bool {
+	_, err := os.Lstat(root.Path(layout.SuspectFile))
+	return err == nil
+}
+
+func dropSuspicion(root *durable.Root) error {
+	if !isSuspect(root) {
+		return nil
+	}
+	return root.Remove(layout.SuspectFile)
+}
+
+// neverMade refuses to make a database for a store that had one: its log is
+// there, or what only a database can have led to.
+func neverMade(root *durable.Root) error {
+	lost := func(there string) error {
+		return &errdefs.Corrupt{Invariant: "M2", Object: "database " + root.Path(layout.DatabaseFile), Detail: "it is missing, and there is " + there}
+	}
+	if logExists(root) {
+		return lost(layout.LogFile)
+	}
+	for _, dir := range layout.Dirs() {
+		if dir.Path == layout.BlobsDir || dir.Path == layout.BlobsDir+"/sha256" || dir.Path == layout.TrashDir || dir.Path == layout.StagingDir || dir.Path == layout.IngestDir {
+			continue // of shards, or of what no record names
+		}
+		if entries, err := os.ReadDir(root.Path(dir.Path)); err == nil && len(entries) > 0 {
+			return lost(path.Join(dir.Path, entries[0].Name()))
+		}
+	}
+	return nil
 }

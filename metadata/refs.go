@@ -18,6 +18,7 @@ func (tx *Tx) Link(e layout.Edge) error {
 			return err
 		}
 	}
+	tx.noteEdge(e, edgeThere)
 	if err := tx.bolt.Bucket([]byte(layout.BucketEdges)).Put(e.Key(), nil); err != nil {
 		return err
 	}
@@ -36,6 +37,7 @@ func (tx *Tx) Unlink(e layout.Edge) error {
 
 // cut removes both directions of an edge.
 func (tx *Tx) cut(e layout.Edge) error {
+	tx.noteEdge(e, nil)
 	if err := tx.bolt.Bucket([]byte(layout.BucketEdges)).Delete(e.Key()); err != nil {
 		return err
 	}

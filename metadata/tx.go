@@ -11,16 +11,20 @@ import (
 )
 
 // Tx is a transaction, valid only in the function it was handed to.
-type Tx struct{ bolt *bolt.Tx }
+type Tx struct {
+	bolt    *bolt.Tx
+	changes *[]layout.Change // for the log; nil in a view
+}
 
 // Table gives typed access to one bucket. R is a record of package layout.
 type Table[K ~string, R any] struct {
+	tx     *Tx
 	bucket *bolt.Bucket
 	name   string
 }
 
 func table[K ~string, R any](tx *Tx, bucket string) Table[K, R] {
-	return Table[K, R]{bucket: tx.bolt.Bucket([]byte(bucket)), name: bucket}
+	return Table[K, R]{tx: tx, bucket: tx.bolt.Bucket([]byte(bucket)), name: bucket}
 }
 
 // The tables.
@@ -84,12 +88,16 @@ func (t Table[K, R]) Put(key K, rec R) error {
 	if err != nil {
 		return err
 	}
+	t.tx.note(t.name, string(key), layout.Body(value))
 	return t.bucket.Put([]byte(key), value)
 }
 
 // Delete takes the record under key away; one that is not there is no error.
 // Its edges are the caller's: see [Tx.Drop] for a record with all it holds.
-func (t Table[K, R]) Delete(key K) error { return t.bucket.Delete([]byte(key)) }
+func (t Table[K, R]) Delete(key K) error {
+	t.tx.note(t.name, string(key), nil)
+	return t.bucket.Delete([]byte(key))
+}
 
 // Each calls fn for every record whose key begins with prefix, in the order
 // of keys, until fn returns an error. fn must not change the table.

@@ -38,6 +38,9 @@ func newDaemon(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			for _, line := range e.Rebuilt() {
+				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
+			}
 			server, err := daemon.Listen(socket, e)
 			if err != nil {
 				return errors.Join(err, e.Close(ctx))

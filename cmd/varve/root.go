@@ -118,6 +118,9 @@ func (g *globals) with(ctx context.Context, fn func(context.Context, *daemon.Joi
 	if err != nil {
 		return err
 	}
+	for _, line := range j.Notice {
+		fmt.Fprintln(os.Stderr, "varve:", line)
+	}
 	err = fn(ctx, j)
 	// An interrupt ends the work, not the orderly end.
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
