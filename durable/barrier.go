@@ -131,13 +131,7 @@ func (b *Barrier) Wait(covers ...string) error {
 	if err := b.settle(b.take()); err != nil {
 		return err
 	}
-	var err error
-	if b.root.ordered() {
-		err = b.root.forceJournal()
-	} else {
-		err = unix.Syncfs(int(b.root.dir.Fd()))
-	}
-	if err != nil {
+	if err := b.root.flush(); err != nil {
 		return b.fail(MarkerName, err)
 	}
 	b.root.observeCovered(OpBarrier, covers)
@@ -150,20 +144,32 @@ func (r *Root) observeCovered(kind OpKind, names []string) {
 	}
 }
 
-// SyncNames makes the names in all of the directories durable, with one flush
-// where the file system has an ordered journal. A failure poisons the root.
+// fewDirs is how many directories are synced one by one where the file system
+// has no ordered journal: there a syncfs waits for strangers too.
+const fewDirs = 3
+
+// SyncNames makes the names in all of the directories durable, with a number of
+// flushes that does not grow with theirs. A failure poisons the root.
 func (r *Root) SyncNames(rels ...string) error {
-	if !r.ordered() || len(rels) < 2 {
+	if len(rels) < 2 || !r.ordered() && len(rels) <= fewDirs {
 		return r.SyncDirs(rels...)
 	}
 	if err := r.may(rels...); err != nil {
 		return err
 	}
-	if err := r.forceJournal(); err != nil {
+	if err := r.flush(); err != nil {
 		return r.failedSync(MarkerName, err)
 	}
 	r.observeCovered(OpSyncDir, rels)
 	return nil
+}
+
+// flush makes what was written back, and every name and attribute, durable.
+func (r *Root) flush() error {
+	if r.ordered() {
+		return r.forceJournal()
+	}
+	return unix.Syncfs(int(r.dir.Fd()))
 }
 
 // ordered tells whether the root is on a file system for which the cheap

@@ -16,7 +16,7 @@ import (
 // was acknowledged with every file as it was, and nothing that the witness
 // finds fault with.
 func TestPowerCut(t *testing.T) {
-	at := newPlace(t, 20, 150)
+	at := newPlace(t, stackedLayers, 150)
 	for _, kind := range kinds(t) {
 		t.Run(string(kind), func(t *testing.T) {
 			c := campaign{place: at, rig: newRig(t), kind: kind}
@@ -33,7 +33,7 @@ func TestPowerCut(t *testing.T) {
 // TestPlantedBugIsSeen leaves out, by a system call filter, one of the calls
 // that the order of writes stands on. The campaign has to notice each.
 func TestPlantedBugIsSeen(t *testing.T) {
-	at := newPlace(t, 20, 150)
+	at := newPlace(t, stackedLayers, 150)
 	bugs := map[powercut.FileSystem][]string{
 		powercut.Ext4:  {"fsync", "sync_file_range"},
 		powercut.XFS:   {"fsync", "sync_file_range"},
@@ -64,6 +64,13 @@ type campaign struct {
 	kind powercut.FileSystem
 }
 
+// stackedLayers are the layers of the campaigns' image.
+const stackedLayers = 20
+
+// maxPullFlushes is how many flushes a pull may take, whatever number of files
+// it has.
+func maxPullFlushes(_ powercut.FileSystem, layers int) int { return 10 + layers }
+
 // againEvery is how often a recovered store is used again.
 const againEvery = 8
 
@@ -92,6 +99,12 @@ func (c campaign) run(t *testing.T, skip string, n int, fault func(string) bool)
 		if !fault(fmt.Sprintf("%s, after %q:\n  %s", cut, marks[max(0, len(marks)-1):], strings.Join(wrong, "\n  "))) {
 			break
 		}
+	}
+	pull := "+" + c.remote + "/" + stackedName
+	if flushes := rec.Count(rec.Find("will "+pull), rec.Find("did "+pull)).Flushes; flushes > maxPullFlushes(c.kind, stackedLayers) {
+		t.Errorf("a pull of %d layers takes %d flushes", stackedLayers, flushes)
+	} else {
+		t.Logf("a pull of %d layers takes %d flushes", stackedLayers, flushes)
 	}
 	count := rec.Count(0, rec.Len())
 	t.Logf("%d writes of %d MiB, %d flushes, %d marks, %d layers; %d cuts, %d of them bad",

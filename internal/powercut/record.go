@@ -3,6 +3,7 @@ package powercut
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 )
@@ -89,6 +90,12 @@ func (r *Recording) Marks(n int) (notes []string) {
 		}
 	}
 	return notes
+}
+
+// Find returns the number of events up to the first mark with this note, the
+// mark included; 0 if there is none.
+func (r *Recording) Find(note string) int {
+	return 1 + slices.IndexFunc(r.events(), func(e event) bool { return e.kind == marked && e.note == note })
 }
 
 func (r *Recording) events() []event {
