@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash dbdamage clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill barrier dbdamage clean
 
 all: build
 
@@ -64,6 +64,14 @@ lint: deps
 # make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1 (no FS: all three)
 powercut: deps
 	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted' ./internal/crashtest
+
+# A store killed at CASES moments that nobody chose.
+kill: deps
+	CASES=$(or $(CASES),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestKillAtRandom ./internal/crashtest
+
+# What durability costs, and what other writers' dirty pages do to it.
+barrier: deps
+	VARVE_TIMINGS=1 FS=$(FS) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 1h -v -run 'Barrier|Strangers' ./internal/crashtest
 
 # Every page of a store's database made bad in three ways, or CASES of them.
 dbdamage: deps

@@ -1,7 +1,11 @@
 package crashtest
 
 import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -9,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"varve.dev/internal/powercut"
 	"varve.dev/layout"
 )
 
@@ -48,9 +53,34 @@ func TestKillAtEveryPoint(t *testing.T) {
 	}
 }
 
-// killOnce runs the workload until it is killed at an occurrence of a fault
-// point, and judges what is left.
-func (p place) killOnce(t *testing.T, point string, count int) (killed bool, known facts) {
+// TestKillAtRandom kills a store at work at moments that nobody chose.
+func TestKillAtRandom(t *testing.T) {
+	at := newPlace(t, 6, 30)
+	dir := t.TempDir()
+	began := time.Now()
+	w := at.worker("work")
+	w.Mark = func(string) {}
+	if err := w.Run(dir, at.state, at.remote); err != nil {
+		t.Fatal(err)
+	}
+	whole := time.Since(began)
+	random := rand.New(rand.NewPCG(seed(t), 0))
+	killed, n := 0, caseCount(t, 10)
+	for i := range n {
+		w := at.worker("work")
+		w.KillAfter = time.Duration(random.Int64N(int64(whole)))
+		if done, _ := at.killed(t, w, fmt.Sprintf("case %d, killed after %v", i, w.KillAfter)); done {
+			killed++
+		}
+	}
+	t.Logf("%d runs of %v, %d of them killed", n, whole, killed)
+	if killed == 0 {
+		t.Error("none was killed in time")
+	}
+}
+
+// killed runs the workload until it is killed, and judges what is left.
+func (p place) killed(t *testing.T, w powercut.Worker, what string) (killed bool, known facts) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "varve-kill-")
 	if err != nil {
@@ -58,27 +88,32 @@ func (p place) killOnce(t *testing.T, point string, count int) (killed bool, kno
 	}
 	defer os.RemoveAll(dir)
 	var marks, lines []string
-	w := p.worker("work")
-	w.Env = append(w.Env, killPoint+"="+point, killCount+"="+strconv.Itoa(count))
 	w.Mark = func(line string) {
 		if f, ok := strings.CutPrefix(line, fact); ok {
 			lines = append(lines, f)
 		} else {
 			marks = append(marks, line)
-			killed = killed || line == "killed at "+point
 		}
 	}
 	err = w.Run(dir, p.state, p.remote)
-	if err != nil && !killed {
-		t.Fatalf("%s, occurrence %d: %v", point, count, err)
+	var exit *exec.ExitError
+	if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != -1) {
+		t.Fatalf("%s: %v", what, err)
 	}
 	known = factsOf(lines)
-	wrong := p.judge(dir, ledgerOf(marks), known, again)
-	wrong = append(wrong, p.remains()...)
+	wrong := append(p.judge(dir, ledgerOf(marks), known, again), p.remains()...)
 	if len(wrong) > 0 {
-		t.Errorf("%s, occurrence %d, after %q:\n  %s", point, count, marks[max(0, len(marks)-2):], strings.Join(wrong, "\n  "))
+		t.Errorf("%s, after %q:\n  %s", what, marks[max(0, len(marks)-2):], strings.Join(wrong, "\n  "))
 	}
-	return killed, known
+	return err != nil, known
+}
+
+// killOnce kills the workload at an occurrence of a fault point.
+func (p place) killOnce(t *testing.T, point string, count int) (killed bool, known facts) {
+	t.Helper()
+	w := p.worker("work")
+	w.Env = append(w.Env, killPoint+"="+point, killCount+"="+strconv.Itoa(count))
+	return p.killed(t, w, fmt.Sprintf("%s, occurrence %d", point, count))
 }
 
 // remains returns what a killed process left on the machine, outside its

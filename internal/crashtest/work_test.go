@@ -1,6 +1,7 @@
 package crashtest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ func TestMain(m *testing.M) {
 		"careless": careless,
 		"careful":  careful,
 		"work":     workOnStore,
+		"pull":     pullTimed,
 		"recover":  recoverStore,
 	})
 	testkit.RemoveBinaries()
@@ -35,13 +37,15 @@ const (
 	keptName    = "kept:1"
 	smallName   = "small:1"
 	builtName   = "built:1"
+	bigName     = "big:1"
 )
 
 // place is where a workload works.
 type place struct {
-	remote string // address of the registry
-	state  string
-	shim   string
+	remote   string // address of the registry
+	registry *testkit.RegistryServer
+	state    string
+	shim     string
 }
 
 // newPlace serves the workload's images, with a stacked one of that size.
@@ -51,7 +55,7 @@ func newPlace(t *testing.T, layers, filesEach int) place {
 	registry := testkit.Registry(t)
 	registry.Push(t, testkit.Stacked(t, layers, filesEach), stackedName)
 	registry.Push(t, testkit.Busybox(t), smallName)
-	return place{remote: registry.Addr, state: t.TempDir(), shim: filepath.Join(testkit.Binaries(t), "varve-runtime")}
+	return place{remote: registry.Addr, registry: registry, state: t.TempDir(), shim: filepath.Join(testkit.Binaries(t), "varve-runtime")}
 }
 
 // worker returns a worker for this place, and the arguments of its role.
@@ -103,7 +107,7 @@ func doWork(dir string, options daemon.Options, remote string, mark func(string,
 	mark("opened")
 	steps := []func(context.Context) error{
 		w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build,
-		w.remove(w.remote + "/" + stackedName), w.remove(keptName), w.remove(builtName), w.pull(stackedName),
+		w.push, w.saveAndLoad, w.remove(w.remote + "/" + stackedName), w.remove(keptName), w.remove(builtName), w.pull(stackedName),
 	}
 	for _, step := range steps {
 		if err := errors.Join(step(ctx), w.hashLayers()); err != nil {
@@ -190,6 +194,31 @@ func (w *work) build(ctx context.Context) error {
 			DockerfileBytes: []byte(dockerfile), Tags: []string{builtName},
 			Registry: varve.Registry{PlainHTTPHosts: []string{w.remote}},
 		}, varve.BuildContext{Dir: files}, nil)
+		return err
+	})
+}
+
+// push gives what was built to the registry.
+func (w *work) push(ctx context.Context) error {
+	pushed := w.remote + "/pushed:1"
+	if err := w.tag(builtName, pushed)(ctx); err != nil {
+		return err
+	}
+	_, err := w.Push(ctx, varve.PushRequest{Reference: pushed, Registry: varve.Registry{PlainHTTP: true}}, nil)
+	return errors.Join(err, w.remove(pushed)(ctx))
+}
+
+// saveAndLoad takes an image out as an archive and back in.
+func (w *work) saveAndLoad(ctx context.Context) error {
+	var archive bytes.Buffer
+	if err := w.Save(ctx, varve.SaveRequest{Names: []string{keptName}}, &archive); err != nil {
+		return err
+	}
+	if err := w.remove(keptName)(ctx); err != nil {
+		return err
+	}
+	return w.change("+"+keptName, func() error {
+		_, err := w.Load(ctx, &archive, nil)
 		return err
 	})
 }

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -28,11 +29,14 @@ type Role func(dir string, args []string, mark func(format string, args ...any))
 // It believes in another boot of the machine than everybody else.
 type Worker struct {
 	Role string
-	// Skip names a system call that is to do nothing and succeed, for the
-	// whole process: a planted bug. fsync, sync_file_range or syncfs.
+	// Skip names system calls, with commas between, that are to do nothing
+	// and succeed, for the whole process: a planted bug. fsync, fdatasync,
+	// sync_file_range or syncfs.
 	Skip string
-	Env  []string          // in addition to the test's
-	Mark func(note string) // called for each mark
+	Env  []string // in addition to the test's
+	// KillAfter is when the process is killed; 0: never.
+	KillAfter time.Duration
+	Mark      func(note string) // called for each mark
 }
 
 const (
@@ -65,7 +69,10 @@ func play(role Role) error {
 	if err := believe(os.Getenv(bootVariable)); err != nil {
 		return err
 	}
-	if name := os.Getenv(skipVariable); name != "" {
+	for name := range strings.SplitSeq(os.Getenv(skipVariable), ",") {
+		if name == "" {
+			continue
+		}
 		if err := skip(skippable[name]); err != nil {
 			return fmt.Errorf("skip %s: %w", name, err)
 		}
@@ -99,6 +106,7 @@ func believe(boot string) error {
 // skippable are the calls that the order of writes stands on.
 var skippable = map[string]uint32{
 	"fsync":           unix.SYS_FSYNC,
+	"fdatasync":       unix.SYS_FDATASYNC,
 	"sync_file_range": unix.SYS_SYNC_FILE_RANGE,
 	"syncfs":          unix.SYS_SYNCFS,
 }
@@ -150,6 +158,9 @@ func (w Worker) Run(dir string, args ...string) error {
 	answersR.Close()
 	if err != nil {
 		return fmt.Errorf("%s: %w", w.Role, err)
+	}
+	if w.KillAfter > 0 {
+		defer time.AfterFunc(w.KillAfter, func() { _ = cmd.Process.Kill() }).Stop()
 	}
 	lines := bufio.NewScanner(marksR)
 	for lines.Scan() {
