@@ -16,7 +16,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 
 # What else the tests beside other tools need.
 CLIENTS := docker.io podman containerd runc crun
-PEERS   := runc
+PEERS   := runc containerd
 
 .PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill barrier dbdamage clean
 
@@ -45,11 +45,11 @@ test-clients: build
 	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 20m -run TestClients ./cmd/varve
 
 # Many builds by varve and by BuildKit, which is built once per version: the
-# same trees and configs.
+# same trees and configs. And what a power cut leaves of containerd's pulls.
 test-peers: TIER := ,peers
 test-peers: build
 	@scripts/install-packages $(PEERS)
-	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 40m -run TestPeers ./cmd/varve
+	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 40m -v -run TestPeers ./cmd/varve ./internal/crashtest
 
 # The race detector over the packages that share memory between goroutines.
 test-race: deps

@@ -18,14 +18,16 @@ import (
 	"varve.dev/internal/testkit"
 )
 
+var roles = map[string]powercut.Role{
+	"careless": careless,
+	"careful":  careful,
+	"work":     workOnStore,
+	"pull":     pullTimed,
+	"recover":  recoverStore,
+}
+
 func TestMain(m *testing.M) {
-	code := powercut.Main(m, map[string]powercut.Role{
-		"careless": careless,
-		"careful":  careful,
-		"work":     workOnStore,
-		"pull":     pullTimed,
-		"recover":  recoverStore,
-	})
+	code := powercut.Main(m, roles)
 	testkit.RemoveBinaries()
 	os.Exit(code)
 }
