@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill barrier dbdamage clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage clean
 
 all: build
 
@@ -68,6 +68,10 @@ powercut: deps
 # A store killed at CASES moments that nobody chose.
 kill: deps
 	CASES=$(or $(CASES),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestKillAtRandom ./internal/crashtest
+
+# Each change of a pull and a removal fails, in turn, or CASES of them.
+faults: deps
+	CASES=$(or $(CASES),100000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestFaults ./internal/crashtest
 
 # What durability costs, and what other writers' dirty pages do to it.
 barrier: deps

@@ -19,11 +19,12 @@ import (
 )
 
 var roles = map[string]powercut.Role{
-	"careless": careless,
-	"careful":  careful,
-	"work":     workOnStore,
-	"pull":     pullTimed,
-	"recover":  recoverStore,
+	"careless":        careless,
+	"careful":         careful,
+	"work":            workOnStore,
+	"pull":            pullTimed,
+	"pull and remove": pullAndRemove,
+	"recover":         recoverStore,
 }
 
 func TestMain(m *testing.M) {
