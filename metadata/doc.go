@@ -1,9 +1,10 @@
 // Package metadata is the one bbolt database of a store, with typed
 // transactions over the records and reference edges of package layout.
 //
-// Owns varve.db. It must not know what the records mean to the packages above
-// it, and does no file I/O but bbolt's own: what covers both database and
-// files is package journal.
+// Owns varve.db and the change log beside it, varve.log. It must not know what
+// the records mean to the packages above it, and does no file I/O but bbolt's
+// own and the log's: what covers both database and files is package journal.
+// The exception is rebuild.go, which looks what stands on disk.
 //
 // Invariants kept here: M1 to M3 (every value checksummed, every bucket there,
 // keys that parse), E1 (edges in both directions), L5 (the layer index), and,
@@ -20,7 +21,8 @@
 // The database is created under a temporary name and published. A commit
 // whose sync failed poisons the store's durable.Root. Damage in a page shows
 // as a panic or a memory fault inside bbolt: both are caught at the
-// transaction and come back as errdefs.Corrupt.
+// transaction and come back as errdefs.Corrupt. The next Open with
+// Options.Rebuild makes a new database from the change log.
 //
-// Start reading at db.go, then tx.go, then refs.go.
+// Start reading at db.go, then tx.go, then refs.go, then changelog.go.
 package metadata
