@@ -24,9 +24,10 @@ type Journal struct {
 	stop    context.CancelFunc
 	stopped sync.WaitGroup
 
-	mu    sync.Mutex
-	swept chan struct{} // closed and replaced after each round of the sweeper
-	idle  bool          // the last round found nothing to do
+	mu       sync.Mutex
+	swept    chan struct{} // closed and replaced after each round of the sweeper
+	idle     bool          // the last round found nothing to do
+	sweepErr error         // of the last round
 }
 
 // Create makes the directories of a store in root that are not there yet.

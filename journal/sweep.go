@@ -31,7 +31,8 @@ func (j *Journal) Kick() {
 }
 
 // Drain waits until everything that was removed before the call is deleted,
-// or ctx ends.
+// the deleting fails, or ctx ends. What is left is deleted later, by the store's
+// next owner if not by this one.
 func (j *Journal) Drain(ctx context.Context) error {
 	j.Kick()
 	for {
@@ -43,6 +44,12 @@ func (j *Journal) Drain(ctx context.Context) error {
 		}
 		select {
 		case <-round:
+			j.mu.Lock()
+			err := j.sweepErr
+			j.mu.Unlock()
+			if err != nil {
+				return fmt.Errorf("delete what was removed: %w", err)
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -68,7 +75,7 @@ func (j *Journal) sweepLoop(ctx context.Context) {
 		for more := true; more && ctx.Err() == nil; {
 			n, err := j.sweepSome(ctx)
 			more = n > 0 && err == nil
-			j.endRound(!more && err == nil)
+			j.endRound(!more && err == nil, err)
 			if err != nil && j.root.Poisoned() == nil {
 				time.AfterFunc(retrySweep, j.Kick)
 			}
@@ -76,9 +83,10 @@ func (j *Journal) sweepLoop(ctx context.Context) {
 	}
 }
 
-func (j *Journal) endRound(idle bool) {
+func (j *Journal) endRound(idle bool, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.sweepErr = err
 	// A kick that came during the round wants another one.
 	j.idle = idle && len(j.kick) == 0
 	close(j.swept)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"varve.dev/daemon"
 	"varve.dev/internal/faultfs"
@@ -47,8 +48,9 @@ func TestFaults(t *testing.T) {
 	every := max(1, 2*changes/cases)
 	said := map[string]int{}
 	n := 0
+	from := int(number(t, "FROM", 0))
 	for i, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC} {
-		for k := 1 + i; k <= changes; k += every {
+		for k := 1 + i + from; k <= changes; k += every {
 			said[f.one(t, faultfs.Plan{At: k, Error: errno, Stays: errno == syscall.ENOSPC})]++
 			n++
 		}
@@ -91,6 +93,7 @@ func (f *faulty) one(t *testing.T, p faultfs.Plan) string {
 	f.fs.Begin(p)
 	var marks, lines []string
 	w := f.worker("pull and remove")
+	w.Patience = 30 * time.Second
 	w.Mark = func(line string) {
 		if l, ok := strings.CutPrefix(line, fact); ok {
 			lines = append(lines, l)

@@ -36,6 +36,9 @@ type Worker struct {
 	Env  []string // in addition to the test's
 	// KillAfter is when the process is killed; 0: never.
 	KillAfter time.Duration
+	// Patience is when a process that does not end is asked where it hangs:
+	// the stacks of its goroutines are in the error. 0: none.
+	Patience time.Duration
 	Mark      func(note string) // called for each mark
 }
 
@@ -162,6 +165,9 @@ func (w Worker) Run(dir string, args ...string) error {
 	if w.KillAfter > 0 {
 		defer time.AfterFunc(w.KillAfter, func() { _ = cmd.Process.Kill() }).Stop()
 	}
+	if w.Patience > 0 {
+		defer time.AfterFunc(w.Patience, func() { _ = cmd.Process.Signal(syscall.SIGQUIT) }).Stop()
+	}
 	lines := bufio.NewScanner(marksR)
 	for lines.Scan() {
 		w.Mark(lines.Text())
@@ -170,7 +176,7 @@ func (w Worker) Run(dir string, args ...string) error {
 		}
 	}
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("%s: %w: %s", w.Role, err, strings.TrimSpace(tail(&complaints, 4000)))
+		return fmt.Errorf("%s: %w: %s", w.Role, err, strings.TrimSpace(tail(&complaints, 30000)))
 	}
 	return nil
 }
