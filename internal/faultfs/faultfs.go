@@ -41,10 +41,7 @@ func Mount(dir, at string) (*FS, error) {
 	}
 	f := &FS{}
 	data := &fs.LoopbackRoot{Path: dir, Dev: uint64(st.Dev)}
-	data.NewNode = func(data *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &node{LoopbackNode: fs.LoopbackNode{RootData: data}, fs: f}
-	}
-	root := data.NewNode(data, nil, "", &st)
+	root := &node{LoopbackNode: fs.LoopbackNode{RootData: data}, fs: f}
 	data.RootNode = root
 	server, err := fs.Mount(at, root, &fs.Options{NullPermissions: true, MountOptions: fuse.MountOptions{
 		DirectMountStrict: true, FsName: "faultfs", Name: "faultfs", MaxWrite: 512 << 10, AllowOther: true,
@@ -89,6 +86,11 @@ func (f *FS) change(what, name string, takes bool) syscall.Errno {
 type node struct {
 	fs.LoopbackNode
 	fs *FS
+}
+
+// WrapChild makes what go-fuse finds below one of these too.
+func (n *node) WrapChild(context.Context, fs.InodeEmbedder) fs.InodeEmbedder {
+	return &node{LoopbackNode: fs.LoopbackNode{RootData: n.RootData}, fs: n.fs}
 }
 
 func (n *node) name(child string) string { return n.Path(n.Root()) + "/" + child }

@@ -39,7 +39,7 @@ type Worker struct {
 	// Patience is when a process that does not end is asked where it hangs:
 	// the stacks of its goroutines are in the error. 0: none.
 	Patience time.Duration
-	Mark      func(note string) // called for each mark
+	Mark     func(note string) // called for each mark
 }
 
 const (
