@@ -37,7 +37,7 @@ func TestPlantedBugIsSeen(t *testing.T) {
 	bugs := map[powercut.FileSystem][]string{
 		powercut.Ext4:  {"fsync", "sync_file_range"},
 		powercut.XFS:   {"fsync", "sync_file_range"},
-		powercut.Btrfs: {"fsync", "syncfs"},
+		powercut.Btrfs: {"fdatasync", "syncfs"}, // names go with syncfs, too
 	}
 	for _, kind := range kinds(t) {
 		for _, call := range bugs[kind] {
