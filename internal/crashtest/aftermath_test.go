@@ -33,7 +33,7 @@ func recoverStore(dir string, args []string, mark func(string, ...any)) error {
 		}
 		err = tellImages(ctx, e, round, mark)
 		if err == nil && round == 1 && slices.Contains(args, again) {
-			w := &work{Engine: e, dir: dir, remote: args[1], mark: mark}
+			w := &work{Engine: e, dir: dir, remote: args[1], state: args[0], mark: mark}
 			err = errors.Join(w.pull(stackedName)(ctx), w.build(ctx))
 		}
 		if err := errors.Join(err, e.Close(ctx)); err != nil {

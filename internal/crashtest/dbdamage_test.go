@@ -125,7 +125,7 @@ func newDamaged(t *testing.T) *damaged {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &work{Engine: e, dir: d.dir, remote: d.remote, mark: func(string, ...any) {}}
+	w := &work{Engine: e, dir: d.dir, remote: d.remote, state: d.state, mark: func(string, ...any) {}}
 	for _, step := range []func(context.Context) error{w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build} {
 		if err := step(ctx); err != nil {
 			t.Fatal(err)

@@ -24,7 +24,7 @@ func pullAndRemove(dir string, args []string, mark func(string, ...any)) error {
 	if err != nil {
 		return err
 	}
-	w := &work{Engine: e, dir: dir, remote: args[1], mark: mark, hashed: map[string]bool{}}
+	w := &work{Engine: e, dir: dir, remote: args[1], state: args[0], mark: mark, hashed: map[string]bool{}}
 	stacked := w.remote + "/" + stackedName
 	for _, step := range []func(context.Context) error{
 		w.pull(stackedName), w.tag(stacked, keptName), w.pull(smallName), w.remove(stacked), w.remove(keptName), w.pull(stackedName),

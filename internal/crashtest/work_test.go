@@ -81,6 +81,7 @@ type work struct {
 	*daemon.Engine
 	dir    string
 	remote string
+	state  string
 	mark   func(string, ...any)
 	hashed map[string]bool
 }
@@ -101,7 +102,7 @@ func workOnStore(dir string, args []string, mark func(string, ...any)) error {
 // helps a name to become durable.
 func doWork(dir string, options daemon.Options, remote string, mark func(string, ...any)) error {
 	ctx := context.Background()
-	w := &work{dir: dir, remote: remote, mark: mark, hashed: map[string]bool{}}
+	w := &work{dir: dir, remote: remote, state: options.State, mark: mark, hashed: map[string]bool{}}
 	options.Root = dir
 	var err error
 	if w.Engine, err = daemon.Open(ctx, options); err != nil {
@@ -179,7 +180,8 @@ func (w *work) remove(name string) func(context.Context) error {
 
 // build builds an image in two stages on the small one.
 func (w *work) build(ctx context.Context) error {
-	files, err := os.MkdirTemp("", "context-")
+	// Beside the state directory: it goes with the test, killed or not.
+	files, err := os.MkdirTemp(filepath.Dir(w.state), "context-")
 	if err != nil {
 		return err
 	}
