@@ -103,8 +103,9 @@ func (s *Server) leave() {
 	}
 }
 
-// Linger serves until nobody uses the server any more; from then on nobody can. Guests that come meanwhile are taken: the store is locked, so
-// they could only wait.
+// Linger serves until nobody uses the server any more; from then on nobody can.
+// Guests that come meanwhile are taken: the store is locked, they could only
+// wait.
 func (s *Server) Linger(ctx context.Context) error {
 	for {
 		s.mu.Lock()

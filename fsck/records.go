@@ -167,7 +167,9 @@ func (c *checker) read(tx *bolt.Tx, rec *records) error {
 	readBucket(c, tx, rec, layout.BucketIntents, rec.intents, nameKey)
 	readBucket(c, tx, rec, layout.BucketSweeps, rec.sweeps, elementKey)
 	readBucket(c, tx, rec, layout.BucketLogTail, rec.tail, elementKey)
-	readLogged(tx, rec)
+	if c.opts.Level != layout.Quick { // M4
+		readLogged(tx, rec)
+	}
 	c.readKeys(tx, layout.BucketEdges, func(k []byte) error { return addEdge(rec.edges, k, layout.ParseEdge) })
 	c.readKeys(tx, layout.BucketEdgesBack, func(k []byte) error { return addEdge(rec.back, k, layout.ParseBackEdge) })
 	c.readKeys(tx, layout.BucketCacheByUse, func(k []byte) error {

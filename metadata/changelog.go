@@ -2,18 +2,15 @@ package metadata
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
-	"os"
 	"slices"
 	"sync"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
@@ -27,8 +24,6 @@ const logSync = time.Second
 
 // changeLog writes the lines of one open database.
 type changeLog struct {
-	root *durable.Root
-
 	mu     sync.Mutex // guards the rest
 	file   *durable.File
 	last   uint64 // number of the last line in the file
@@ -164,7 +159,7 @@ var errLogAhead = errors.New("the log tells of later changes: the newest state o
 
 // openLog brings the log up to the database, or writes it anew.
 func (db *DB) openLog() error {
-	db.log = &changeLog{root: db.root}
+	db.log = &changeLog{}
 	want, tail, err := db.unlogged()
 	if err != nil {
 		return err
@@ -217,9 +212,9 @@ func logLimit(base int64) int64 { return 3*base + 4<<20 }
 // in the file.
 func (db *DB) unlogged() (last uint64, tail map[uint64]layout.ChangeRecord, err error) {
 	tail = map[uint64]layout.ChangeRecord{}
-	err = db.bolt.View(func(tx *bolt.Tx) error {
-		last = tx.Bucket([]byte(layout.BucketMeta)).Sequence()
-		return tx.Bucket([]byte(layout.BucketLogTail)).ForEach(func(k, v []byte) error {
+	err = db.View(context.Background(), func(tx *Tx) error {
+		last = tx.bolt.Bucket([]byte(layout.BucketMeta)).Sequence()
+		return tx.bolt.Bucket([]byte(layout.BucketLogTail)).ForEach(func(k, v []byte) error {
 			var c layout.ChangeRecord
 			if err := layout.Decode(layout.BucketLogTail, string(k), v, &c); err != nil {
 				return err
@@ -310,30 +305,12 @@ const logChunk = 500
 // writeLog writes the log anew from the database, under another name first.
 func (db *DB) writeLog() error {
 	const name = durable.TempPrefix + layout.LogFile
-	if err := db.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errdefs.ErrNotFound) {
-		return err
+	// The first line says how long the beginning is.
+	var size counter
+	if _, err := db.dump(&size, 0); err != nil {
+		return fmt.Errorf("write the log anew: %w", err)
 	}
-	var last uint64
-	write := func(base int64) (int64, error) {
-		f, err := db.root.AppendFile(name, 0o600)
-		if err == nil {
-			err = f.Truncate(0)
-		}
-		if err != nil {
-			return 0, err
-		}
-		last, err = db.dump(f, base)
-		if err == nil {
-			err = f.Sync()
-		}
-		return f.Size(), errors.Join(err, f.Close())
-	}
-	// The first line says how long the beginning is, which is known when it
-	// has been written.
-	size, err := write(0)
-	if err == nil {
-		_, err = write(size)
-	}
+	last, err := db.writeBeginning(name, int64(size))
 	if err == nil {
 		err = db.root.Replace(name, layout.LogFile)
 	}
@@ -349,10 +326,34 @@ func (db *DB) writeLog() error {
 	return nil
 }
 
+// writeBeginning makes the file name, in place of what a crash has left of an
+// earlier try, and syncs it.
+func (db *DB) writeBeginning(name string, size int64) (last uint64, err error) {
+	f, err := db.root.AppendFile(name, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	if err = f.Truncate(0); err == nil {
+		last, err = db.dump(f, size)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	return last, errors.Join(err, f.Close())
+}
+
+// counter counts what is written to it.
+type counter int64
+
+func (c *counter) Write(p []byte) (int, error) {
+	*c += counter(len(p))
+	return len(p), nil
+}
+
 // dump writes everything that is logged as the beginning of a log.
 func (db *DB) dump(w io.Writer, base int64) (last uint64, err error) {
-	err = db.bolt.View(func(tx *bolt.Tx) error {
-		last = tx.Bucket([]byte(layout.BucketMeta)).Sequence()
+	err = db.View(context.Background(), func(tx *Tx) error {
+		last = tx.bolt.Bucket([]byte(layout.BucketMeta)).Sequence()
 		var chunk []layout.Change
 		flush := func(c layout.ChangeRecord) error {
 			c.Seq, c.Changes = last, chunk
@@ -368,7 +369,7 @@ func (db *DB) dump(w io.Writer, base int64) (last uint64, err error) {
 			return err
 		}
 		for _, bucket := range logged {
-			err := tx.Bucket([]byte(bucket)).ForEach(func(k, v []byte) error {
+			err := tx.bolt.Bucket([]byte(bucket)).ForEach(func(k, v []byte) error {
 				change, ok, err := changeOf(bucket, k, v)
 				if err != nil || !ok {
 					return err
@@ -396,10 +397,4 @@ func changeOf(bucket string, k, v []byte) (layout.Change, bool, error) {
 	}
 	e, err := layout.ParseEdge(k)
 	return layout.Change{Bucket: bucket, Key: string(k), Value: edgeThere}, err == nil && layout.LoggedEdge(e), err
-}
-
-// logExists tells whether there is a log of some store.
-func logExists(root *durable.Root) bool {
-	_, err := os.Lstat(root.Path(layout.LogFile))
-	return err == nil
 }

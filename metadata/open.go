@@ -199,7 +199,7 @@ func (db *DB) check() error {
 // every edge. A large database is looked at like this only if something in it
 // was found damaged before.
 func (db *DB) checkRecords() error {
-	suspected := isSuspect(db.root)
+	suspected := stands(db.root, layout.SuspectFile)
 	if fi, err := db.file.Stat(); err != nil || !suspected && fi.Size() > maxPagesRead*int64(os.Getpagesize()) {
 		return err
 	}
@@ -220,7 +220,7 @@ func (db *DB) checkRecords() error {
 		)
 	})
 	if err == nil && suspected {
-		err = dropSuspicion(db.root)
+		err = db.root.Remove(layout.SuspectFile)
 	}
 	return err
 }
@@ -242,7 +242,7 @@ func (tx *Tx) checkHalves(bucket string, parse func([]byte) (layout.Edge, error)
 // suspect leaves a note for the next opening if err is damage of the database,
 // and returns err.
 func (db *DB) suspect(err error) error {
-	if c := errdefs.AsCorrupt(err); c != nil && strings.HasPrefix(c.Invariant, "M") && !isSuspect(db.root) {
+	if c := errdefs.AsCorrupt(err); c != nil && strings.HasPrefix(c.Invariant, "M") && !stands(db.root, layout.SuspectFile) {
 		// The store may be poisoned, or the disk full: then the next
 		// opening has to find it by itself.
 		_ = db.root.WriteFile(layout.SuspectFile, []byte(c.Error()+"\n"), 0o600)
@@ -250,16 +250,10 @@ func (db *DB) suspect(err error) error {
 	return err
 }
 
-func isSuspect(root *durable.Root) bool {
-	_, err := os.Lstat(root.Path(layout.SuspectFile))
+// stands tells whether the store has a file of this name.
+func stands(root *durable.Root, name string) bool {
+	_, err := os.Lstat(root.Path(name))
 	return err == nil
-}
-
-func dropSuspicion(root *durable.Root) error {
-	if !isSuspect(root) {
-		return nil
-	}
-	return root.Remove(layout.SuspectFile)
 }
 
 // neverMade refuses to make a database for a store that had one: its log is
@@ -268,7 +262,7 @@ func neverMade(root *durable.Root) error {
 	lost := func(there string) error {
 		return &errdefs.Corrupt{Invariant: "M2", Object: "database " + root.Path(layout.DatabaseFile), Detail: "it is missing, and there is " + there}
 	}
-	if logExists(root) {
+	if stands(root, layout.LogFile) {
 		return lost(layout.LogFile)
 	}
 	for _, dir := range layout.Dirs() {

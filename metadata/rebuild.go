@@ -253,7 +253,7 @@ func (r *rebuilder) write() error {
 	if err := r.root.Replace(temporaryDatabase, layout.DatabaseFile); err != nil {
 		return err
 	}
-	return dropSuspicion(r.root)
+	return r.root.Remove(layout.SuspectFile)
 }
 
 // fill writes everything in one transaction. Edges are of records that exist,

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,9 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"varve.dev/fsck"
 	"varve.dev/internal/testkit"
-	"varve.dev/layout"
+	"varve.dev/internal/teststore"
 )
 
 func TestMain(m *testing.M) {
@@ -49,15 +47,8 @@ func newHostAt(t *testing.T, root string) *host {
 }
 
 func (h *host) check() {
-	report, err := fsck.Run(context.Background(), fsck.Options{Root: h.root, Level: layout.Deep})
-	if err != nil {
-		h.t.Errorf("fsck: %v", err)
-		return
-	}
-	if report.ExitCode() != 0 {
-		var text bytes.Buffer
-		report.WriteText(&text)
-		h.t.Errorf("the test leaves a store that is not clean:\n%s", text.String())
+	if err := teststore.Check(h.root); err != nil {
+		h.t.Error(err)
 	}
 }
 

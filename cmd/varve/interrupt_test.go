@@ -7,35 +7,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"varve.dev/internal/testkit"
 )
 
-// lockedBuffer is read while a command writes it.
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
 // begin starts varve and returns when its output has text in it.
-func (h *host) begin(text string, args ...string) (*exec.Cmd, *lockedBuffer) {
+func (h *host) begin(text string, args ...string) (*exec.Cmd, *testkit.Buffer) {
 	h.t.Helper()
 	cmd := h.command(args...)
-	out := &lockedBuffer{}
+	out := &testkit.Buffer{}
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
 		h.t.Fatal(err)
@@ -130,7 +113,7 @@ func TestInterruptedBuildHandsOver(t *testing.T) {
 	dir := dockerfile(t, fmt.Sprintf("FROM %s\nRUN --mount=type=cache,target=/c echo begun; test -e /c/second || { touch /c/second; sleep %s; }; echo ended\n", name, mark))
 	first, _ := h.begin("begun\n", "build", "-t", "first", dir)
 	second := h.command("build", "-t", "second", dir)
-	out := &lockedBuffer{}
+	out := &testkit.Buffer{}
 	second.Stdout, second.Stderr = out, out
 	if err := second.Start(); err != nil {
 		t.Fatal(err)

@@ -33,7 +33,7 @@ type RegistryServer struct {
 
 	pid  int
 	done chan struct{}
-	log  *lockedBuffer
+	log  *Buffer
 	once sync.Once
 }
 
@@ -83,7 +83,7 @@ func tryRegistry(ctx context.Context, dir, addr string) (*RegistryServer, error)
 	if err := os.WriteFile(config, []byte(registryConfig(storage, addr)), 0o600); err != nil {
 		return nil, err
 	}
-	r := &RegistryServer{Addr: addr, Storage: storage, done: make(chan struct{}), log: &lockedBuffer{}}
+	r := &RegistryServer{Addr: addr, Storage: storage, done: make(chan struct{}), log: &Buffer{}}
 	if err := r.start(config); err != nil {
 		return nil, err
 	}
@@ -193,20 +193,27 @@ func freeAddr(addr string) (string, error) {
 	return l.Addr().String(), nil
 }
 
-// lockedBuffer collects what a child writes while others read it.
-type lockedBuffer struct {
+// Buffer collects what a child writes while others read it.
+type Buffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
 }
 
-func (b *lockedBuffer) Write(p []byte) (int, error) {
+func (b *Buffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.buf.Write(p)
 }
 
+// String is all of it so far.
+func (b *Buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
 // tail is the end of it, a page at most.
-func (b *lockedBuffer) tail() []byte {
+func (b *Buffer) tail() []byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	all := b.buf.Bytes()
