@@ -40,17 +40,24 @@ func (s *session) finish(ctx context.Context, res *gwclient.Result) (Result, err
 			return Result{}, err
 		}
 	}
+	out, err := s.export(ctx, top, res.Metadata[configKey])
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out.Steps, out.Cached, out.Ran = s.steps, s.cached, s.ran
+	return out, err
+}
+
+// export makes an image of the chain that ends in top, under the session's
+// names.
+func (s *session) export(ctx context.Context, top layout.SnapshotKey, config []byte) (Result, error) {
 	x := &export{s: s, barrier: s.b.Root.NewBarrier()}
-	out, err := x.image(ctx, top, res.Metadata[configKey])
+	out, err := x.image(ctx, top, config)
 	if err != nil {
 		x.barrier.Abandon()
 	}
 	for _, in := range x.ingests {
 		_ = in.Close()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	out.Steps, out.Cached, out.Ran = s.steps, s.cached, s.ran
 	return out, err
 }
 

@@ -11,10 +11,12 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/api/varve"
+	"varve.dev/builder"
 	"varve.dev/errdefs"
 	"varve.dev/image"
 	"varve.dev/layout"
 	"varve.dev/runtime"
+	"varve.dev/runtime/containers"
 )
 
 // Create implements varve.Containers.
@@ -27,8 +29,37 @@ func (e *Engine) Create(ctx context.Context, req varve.CreateRequest, progress f
 	if err != nil {
 		return varve.Container{}, err
 	}
-	id, dir, err := e.containers.Create(ctx, req.Image, details.Snapshot, spec)
+	from := containers.Image{Name: req.Image, Config: details.JSON, Top: details.Snapshot}
+	id, dir, err := e.containers.Create(ctx, from, spec)
 	return varve.Container{ID: string(id), Dir: dir}, err
+}
+
+// Commit implements varve.Containers.
+func (e *Engine) Commit(ctx context.Context, req varve.CommitRequest) (varve.ImageSummary, error) {
+	var names []string
+	if req.Name != "" {
+		var err error
+		if names, err = fullNames([]string{req.Name}); err != nil {
+			return varve.ImageSummary{}, err
+		}
+	}
+	held, err := e.containers.Hold(ctx, req.Container)
+	if err != nil {
+		return varve.ImageSummary{}, fmt.Errorf("commit: %w", err)
+	}
+	defer held.Close()
+	spec, err := runtime.Load(e.root.Path(layout.ContainerPath(held.ID)))
+	if err != nil {
+		return varve.ImageSummary{}, fmt.Errorf("commit: %w", err)
+	}
+	result, err := e.builder.Commit(ctx, builder.CommitRequest{
+		Snapshot: held.Snapshot, Config: held.Config, Names: names,
+		Author: req.Author, Message: req.Message, Command: spec.Args,
+	})
+	if err != nil {
+		return varve.ImageSummary{}, fmt.Errorf("commit container %s: %w", req.Container, err)
+	}
+	return e.summary(ctx, result.Config.Digest.String())
 }
 
 // RemoveContainer implements varve.Containers.

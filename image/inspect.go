@@ -36,6 +36,7 @@ type Details struct {
 	Manifest ocispec.Descriptor
 	Layers   []ocispec.Descriptor
 	Image    ocispec.Image // the config
+	JSON     []byte        // the config's bytes, as they are
 	// Snapshot stands for the unpacked layers; "" when they are not, or
 	// there are none.
 	Snapshot layout.SnapshotKey
@@ -126,6 +127,9 @@ func (s *Store) Inspect(ctx context.Context, what string) (Details, error) {
 	}
 	d := Details{Summary: Summary{Target: found.Target, Names: found.Names}, Manifest: p.manifest, Layers: p.layers, Image: p.image}
 	d.fill(p)
+	if d.JSON, err = newDocuments(s, nil).read(ctx, p.config, maxConfig); err != nil {
+		return Details{}, err
+	}
 	d.Snapshot, err = s.snapshotOf(ctx, p.manifest)
 	return d, err
 }

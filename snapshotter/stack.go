@@ -84,15 +84,16 @@ func (s *Snapshotter) Stack(ctx context.Context, holder layout.Node, name, paren
 }
 
 // Fill unpacks an uncompressed layer stream into an active snapshot, which is
-// empty, stands on nothing and is mounted nowhere. Errors: as layer.Apply;
+// empty and mounted nowhere. The stream takes nothing from what is below: see
+// [layer.Applied.Resolve] without parents. Errors: as layer.Apply;
 // ErrFailedPrecondition for another kind of snapshot.
 func (s *Snapshotter) Fill(ctx context.Context, key layout.SnapshotKey, tar io.Reader) error {
 	rec, err := s.record(ctx, key)
 	if err != nil {
 		return err
 	}
-	if rec.Kind != layout.SnapshotActive || rec.Parent != "" {
-		return fmt.Errorf("fill snapshot %q: it is %s, on %q: %w", key, rec.Kind, rec.Parent, errdefs.ErrFailedPrecondition)
+	if rec.Kind != layout.SnapshotActive {
+		return fmt.Errorf("fill snapshot %q: it is not active but %s: %w", key, rec.Kind, errdefs.ErrFailedPrecondition)
 	}
 	barrier := s.root.NewBarrier()
 	defer barrier.Abandon() // the commit has one of its own

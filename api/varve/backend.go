@@ -45,6 +45,9 @@ type Builder interface {
 // Containers makes and removes what a shim runs.
 type Containers interface {
 	Create(ctx context.Context, req CreateRequest, progress func(Event)) (Container, error)
+	// Commit makes an image of what a container that does not run has
+	// written. The container stays.
+	Commit(ctx context.Context, req CommitRequest) (ImageSummary, error)
 	// RemoveContainer removes a container that is not running.
 	RemoveContainer(ctx context.Context, id string) error
 }
@@ -224,6 +227,14 @@ type Container struct {
 	// Dir is the container's directory, which the shim is given. It is on
 	// the host that has the store open.
 	Dir string `json:"dir"`
+}
+
+// CommitRequest asks for an image of a container.
+type CommitRequest struct {
+	Container string `json:"container"`        // its name, its id or the beginning of it
+	Name      string `json:"name,omitempty"`   // of the image; empty: none
+	Author    string `json:"author,omitempty"` // goes into its history
+	Message   string `json:"message,omitempty"`
 }
 
 // FsckRequest asks for a check.

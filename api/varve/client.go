@@ -254,6 +254,12 @@ func (c *Client) Create(ctx context.Context, req CreateRequest, progress func(Ev
 	return r, err
 }
 
+// Commit implements [Containers].
+func (c *Client) Commit(ctx context.Context, req CommitRequest) (r ImageSummary, err error) {
+	err = c.do(ctx, "commit", req, nil, nil, nil, &r)
+	return r, err
+}
+
 // RemoveContainer implements [Containers].
 func (c *Client) RemoveContainer(ctx context.Context, id string) error {
 	return c.do(ctx, "remove-container", id, nil, nil, nil, nil)

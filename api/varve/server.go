@@ -35,6 +35,7 @@ func Handler(b Backend) http.Handler {
 		return b.Build(c.ctx, req, BuildContext{Tar: c.body}, c.event)
 	})
 	handle(mux, "create", func(c *call, req CreateRequest) (any, error) { return b.Create(c.ctx, req, c.event) })
+	handle(mux, "commit", func(c *call, req CommitRequest) (any, error) { return b.Commit(c.ctx, req) })
 	handle(mux, "remove-container", func(c *call, id string) (any, error) { return nil, b.RemoveContainer(c.ctx, id) })
 	mux.HandleFunc("POST "+Prefix+stayCall, stay(b))
 	return mux

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -47,11 +48,22 @@ func New(root *durable.Root, db *metadata.DB, j *journal.Journal, snaps *snapsho
 	return &Store{root: root, db: db, journal: j, snaps: snaps}
 }
 
-// Create makes a container on the committed snapshot parent ("" for an empty
-// root). spec's ID and Rootfs are filled in here. It returns the id and the
-// directory for the shim. Errors: ErrAlreadyExists for a name that is taken;
-// ErrInvalidArgument; ErrNotFound for the parent.
-func (s *Store) Create(ctx context.Context, image string, parent layout.SnapshotKey, spec runtime.Spec) (layout.ContainerID, string, error) {
+// imageFile, in a container's directory, is the config of its image as it was
+// when the container was made: the image may get another meaning, or go.
+const imageFile = "image.json"
+
+// Image is what a container stands on.
+type Image struct {
+	Name   string
+	Config []byte             // JSON
+	Top    layout.SnapshotKey // committed; "" for an image without layers
+}
+
+// Create makes a container on an image. spec's ID and Rootfs are filled in
+// here. It returns the id and the directory for the shim. Errors:
+// ErrAlreadyExists for a name that is taken; ErrInvalidArgument; ErrNotFound
+// for the image's snapshot.
+func (s *Store) Create(ctx context.Context, image Image, spec runtime.Spec) (layout.ContainerID, string, error) {
 	var b [32]byte
 	rand.Read(b[:])
 	id := layout.ContainerID(hex.EncodeToString(b[:]))
@@ -68,7 +80,7 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 		return "", "", err
 	}
 	key := layout.SnapshotKey("container:" + id)
-	if err := s.snaps.PrepareFor(ctx, lease.Node(), key, parent); err != nil {
+	if err := s.snaps.PrepareFor(ctx, lease.Node(), key, image.Top); err != nil {
 		return "", "", fmt.Errorf("create container: %w", err)
 	}
 	tree, err := s.snaps.Tree(ctx, key)
@@ -82,7 +94,14 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 	}
 	err = spec.Save(s.root.Path(dir))
 	if err == nil {
-		err = s.record(ctx, id, image, key, spec.Name)
+		err = s.root.WriteFile(path.Join(dir, imageFile), image.Config, 0o600)
+	}
+	if err == nil {
+		// There from the beginning, so that a start can be locked out.
+		err = s.root.WriteFile(path.Join(dir, runtime.LockFile), nil, 0o600)
+	}
+	if err == nil {
+		err = s.record(ctx, id, image.Name, key, spec.Name)
 	}
 	if err != nil {
 		return "", "", errors.Join(err, s.root.RemoveAll(dir))
@@ -113,10 +132,14 @@ func (s *Store) record(ctx context.Context, id layout.ContainerID, image string,
 // Remove removes a container with its writable layer. Errors: ErrNotFound;
 // ErrFailedPrecondition while it runs.
 func (s *Store) Remove(ctx context.Context, id layout.ContainerID) error {
-	if err := s.stopped(id); err != nil {
+	lock, err := s.lockOut(id)
+	if err != nil {
 		return err
 	}
-	err := s.db.Update(ctx, func(tx *metadata.Tx) error {
+	if lock != nil {
+		defer lock.Close()
+	}
+	err = s.db.Update(ctx, func(tx *metadata.Tx) error {
 		if !tx.Containers().Has(id) {
 			return fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
 		}
@@ -128,18 +151,84 @@ func (s *Store) Remove(ctx context.Context, id layout.ContainerID) error {
 	return err
 }
 
-// stopped tells by the shim's lock whether the container runs.
-func (s *Store) stopped(id layout.ContainerID) error {
+// lockOut takes the shim's lock, which tells whether the container runs; nil
+// for one that has lost it.
+func (s *Store) lockOut(id layout.ContainerID) (*os.File, error) {
 	f, err := os.Open(filepath.Join(s.root.Path(layout.ContainerPath(id)), runtime.LockFile))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // never started
+		return nil, nil
 	}
 	if err != nil {
-		return fmt.Errorf("container %s: %w: %w", id, err, errdefs.ErrUnavailable)
+		return nil, fmt.Errorf("container %s: %w: %w", id, err, errdefs.ErrUnavailable)
 	}
-	defer f.Close()
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("container %s is running: %w", id, errdefs.ErrFailedPrecondition)
+		f.Close()
+		return nil, fmt.Errorf("container %s is running: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	return nil
+	return f, nil
+}
+
+// Stopped is a container that does not run and will not be started while it is
+// held.
+type Stopped struct {
+	ID       layout.ContainerID
+	Snapshot layout.SnapshotKey // its writable layer
+	Config   []byte             // of its image, JSON
+	lock     *os.File
+}
+
+// Close lets the container be started again.
+func (h *Stopped) Close() error {
+	if h.lock == nil {
+		return nil
+	}
+	return h.lock.Close()
+}
+
+// Hold keeps a container, named by its name, its id or the beginning of it,
+// from being started. Errors: ErrNotFound; ErrInvalidArgument for a beginning
+// that several have; ErrFailedPrecondition while it runs.
+func (s *Store) Hold(ctx context.Context, what string) (*Stopped, error) {
+	h := &Stopped{}
+	err := s.db.View(ctx, func(tx *metadata.Tx) (err error) {
+		if h.ID, err = find(tx, what); err != nil {
+			return err
+		}
+		rec, err := tx.Containers().Get(h.ID)
+		h.Snapshot = rec.Snapshot
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if h.lock, err = s.lockOut(h.ID); err != nil {
+		return nil, err
+	}
+	h.Config, err = os.ReadFile(s.root.Path(path.Join(layout.ContainerPath(h.ID), imageFile)))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("container %s: %w: %w", h.ID, err, errdefs.ErrUnavailable), h.Close())
+	}
+	return h, nil
+}
+
+func find(tx *metadata.Tx, what string) (found layout.ContainerID, err error) {
+	var begin []layout.ContainerID
+	err = tx.Containers().Each("", func(id layout.ContainerID, c layout.ContainerRecord) error {
+		switch {
+		case string(id) == what || c.Name == what && what != "":
+			found = id
+		case what != "" && strings.HasPrefix(string(id), what):
+			begin = append(begin, id)
+		}
+		return nil
+	})
+	switch {
+	case err != nil || found != "":
+		return found, err
+	case len(begin) == 1:
+		return begin[0], nil
+	case len(begin) > 1:
+		return "", fmt.Errorf("container %q: the ids of %d containers begin like this: %w", what, len(begin), errdefs.ErrInvalidArgument)
+	}
+	return "", fmt.Errorf("container %q: %w", what, errdefs.ErrNotFound)
 }
