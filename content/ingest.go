@@ -146,6 +146,9 @@ func (in *Ingest) Write(p []byte) (int, error) {
 	in.hash.Write(p[:n])
 	in.last = time.Now().UTC()
 	durable.At(layout.PointIngestPartial)
+	if err == nil {
+		err = in.store.wrote(n, in.last)
+	}
 	return n, err
 }
 

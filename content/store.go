@@ -29,8 +29,9 @@ type Store struct {
 	db      *metadata.DB
 	journal *journal.Journal
 
-	mu   sync.Mutex
+	mu   sync.Mutex               // guards the rest; never held during I/O
 	open map[layout.IngestID]bool // ingests with a writer
+	unsynced
 }
 
 var _ ccontent.Store = (*Store)(nil)

@@ -81,11 +81,13 @@ func (b *Barrier) take() []*os.File {
 	return all
 }
 
+// writtenBack asks sync_file_range(2) for everything, and to wait for it.
+const writtenBack = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+
 // settle waits until the files are written back and closes them.
 func (b *Barrier) settle(files []*os.File) error {
-	const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 	for _, f := range files {
-		if err := unix.SyncFileRange(int(f.Fd()), 0, 0, all); err != nil {
+		if err := unix.SyncFileRange(int(f.Fd()), 0, 0, writtenBack); err != nil {
 			_ = b.fail(f.Name(), err)
 		}
 		if err := f.Close(); err != nil {

@@ -144,8 +144,8 @@ type CacheRecord struct {
 	Description string `json:"description,omitempty"`
 }
 
-// IngestRecord is the file [IngestInfo] of an unfinished blob. It is not
-// synced: recovery drops an ingest without it, or with a torn one, and its
+// IngestRecord is the file [IngestInfo] of an unfinished blob. It is synced
+// with the data, from time to time: recovery drops an ingest without it, or with a torn one, and its
 // download starts again.
 type IngestRecord struct {
 	Ref      string            `json:"ref"`
