@@ -8,8 +8,11 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
+	"strings"
 	"time"
 
+	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -22,8 +25,8 @@ type Recovery struct {
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
 	Torn      int      // unfinished blobs that a power cut left without their description
-	// Adopted are directories in active that no record names and that hold
-	// something. They stay.
+	// Adopted are directories in active and containers that no record names
+	// and that hold something. They stay.
 	Adopted []string
 	// Stranded are recorded layers whose tree stands in staging (G2). They
 	// stay; fsck reports them.
@@ -35,7 +38,7 @@ type Recovery struct {
 func (j *Journal) recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	for _, step := range []func(context.Context, *Recovery) error{
-		j.finishIntents, j.emptyStaging, j.checkActive, j.dropTornIngests, j.emptyTrash, j.endLeases,
+		j.finishIntents, j.emptyStaging, j.checkActive, j.checkContainers, j.dropTornIngests, j.emptyTrash, j.endLeases,
 	} {
 		if err := step(ctx, &found); err != nil {
 			return found, err
@@ -157,6 +160,57 @@ func (j *Journal) checkActive(ctx context.Context, found *Recovery) error {
 func isEmptyTree(dir string) bool {
 	entries, err := os.ReadDir(dir)
 	return errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0
+}
+
+// checkContainers removes the directories of containers whose creation did not
+// come to its end. What a database that was made again could not name stays.
+func (j *Journal) checkContainers(ctx context.Context, found *Recovery) error {
+	dirs, err := os.ReadDir(j.root.Path(layout.ContainersDir))
+	if err != nil || len(dirs) == 0 {
+		return missing(err)
+	}
+	var unnamed, kept []string
+	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		for _, d := range dirs {
+			if id := layout.ContainerID(d.Name()); !tx.Containers().Has(id) {
+				unnamed = append(unnamed, layout.ContainerPath(id))
+			}
+		}
+		rebuilt, err := tx.Rebuilt()
+		kept = rebuilt.Kept
+		return errors.Join(err, tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
+			unnamed = slices.DeleteFunc(unnamed, func(rel string) bool { return rel == s.Path })
+			return nil
+		}))
+	})
+	if err != nil {
+		return err
+	}
+	for _, rel := range unnamed {
+		if slices.Contains(kept, rel) || !neverStarted(j.root.Path(rel)) {
+			found.Adopted = append(found.Adopted, rel)
+			continue
+		}
+		if err := j.root.Rename(rel, layout.TrashPath(layout.NewID())); err != nil {
+			return err
+		}
+		found.Discarded++
+	}
+	return nil
+}
+
+// neverStarted tells whether a container's directory holds only what its
+// creation makes.
+func neverStarted(dir string) bool {
+	entries, err := os.ReadDir(dir)
+	return err == nil && !slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		switch name := e.Name(); name {
+		case layout.ContainerConfig, layout.ContainerImage, layout.ContainerLock:
+			return false
+		default:
+			return !strings.HasPrefix(name, durable.TempPrefix)
+		}
+	})
 }
 
 // dropTornIngests removes the unfinished blobs that nobody can take up: an

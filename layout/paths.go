@@ -87,5 +87,13 @@ func StagingPath(boot string, id LayerID) string { return path.Join(StagingDir, 
 // ContainerPath is the directory of a container.
 func ContainerPath(id ContainerID) string { return path.Join(ContainersDir, string(id)) }
 
+// Files of a container's directory that are there before the container is
+// recorded; a start adds others.
+const (
+	ContainerConfig = "config.json" // what the shim is to run
+	ContainerImage  = "image.json"  // the config of its image, as it was then
+	ContainerLock   = "lock"        // held (flock) while the shim lives
+)
+
 // TrashPath is where something with a sweep row waits to be deleted.
 func TrashPath(id string) string { return path.Join(TrashDir, id) }

@@ -44,6 +44,9 @@ const (
 	PointActiveMade     = "active.made"
 	PointActiveRecorded = "active.recorded"
 
+	PointContainerMade     = "container.made"
+	PointContainerRecorded = "container.recorded"
+
 	PointSweepRecorded = "sweep.recorded"
 	PointSweepClaimed  = "sweep.claimed"
 	PointSweepTrashed  = "sweep.trashed"
@@ -81,6 +84,9 @@ func Transitions() []Transition {
 
 		{"T-A1", "prepare", "active/<id> without a record, its tree empty", Back, "it is removed; one whose tree holds anything is adopted, not removed", PointActiveMade},
 		{"T-A2", "prepare", "record and directory", Stay, "none", PointActiveRecorded},
+
+		{"T-D1", "create container", "containers/<id> without a record, with nothing in it but what creation makes", Back, "to the trash; one with anything else in it, or that a rebuilt database knows nothing of, is adopted", PointContainerMade},
+		{"T-D2", "create container", "record, directory and writable layer", Stay, "none", PointContainerRecorded},
 
 		{"T-R1", "remove", "a sweep, the files where they stood", Forward, "the sweep is claimed and the files renamed to the trash, unless a record or intent names them again", PointSweepRecorded},
 		{"T-R2", "remove", "a claimed sweep, the files where they stood", Forward, "the files are renamed to the trash", PointSweepClaimed},

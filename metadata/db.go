@@ -66,7 +66,7 @@ func Open(root *durable.Root, opts Options) (*DB, error) {
 		return nil, fmt.Errorf("the database that was rebuilt: %w", err)
 	}
 	err = db.View(context.Background(), func(tx *Tx) error {
-		rec, err := table[string, layout.RebuiltRecord](tx, layout.BucketMeta).Get(layout.RebuiltKey)
+		rec, err := tx.Rebuilt()
 		db.rebuilt = &rec
 		return err
 	})

@@ -2,6 +2,7 @@ package metadata
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 
 	bolt "go.etcd.io/bbolt"
@@ -55,6 +56,16 @@ func (tx *Tx) Leases() Table[layout.LeaseID, layout.LeaseRecord] {
 
 func (tx *Tx) Intents() Table[layout.IntentID, layout.IntentRecord] {
 	return table[layout.IntentID, layout.IntentRecord](tx, layout.BucketIntents)
+}
+
+// Rebuilt returns what is recorded of the last rebuilding of the database;
+// nothing if it was never rebuilt.
+func (tx *Tx) Rebuilt() (layout.RebuiltRecord, error) {
+	rec, err := table[string, layout.RebuiltRecord](tx, layout.BucketMeta).Get(layout.RebuiltKey)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		err = nil
+	}
+	return rec, err
 }
 
 func (tx *Tx) Sweeps() Table[string, layout.SweepRecord] {

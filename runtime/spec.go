@@ -11,16 +11,12 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/layout"
 	"varve.dev/overlay"
 )
 
-// Files of a container's directory.
-const (
-	configFile = "config.json"
-	exitFile   = "exit.json"
-	// LockFile is locked exclusively (flock) while the shim lives.
-	LockFile = "lock"
-)
+// exitFile, in a container's directory, holds an [Exit].
+const exitFile = "exit.json"
 
 // Spec says what a container is to be.
 type Spec struct {
@@ -105,13 +101,13 @@ func (s *Spec) Save(dir string) error {
 	if err := s.Validate(); err != nil {
 		return err
 	}
-	return save(dir, configFile, s)
+	return save(dir, layout.ContainerConfig, s)
 }
 
 // Load reads the spec of the container in dir.
 func Load(dir string) (*Spec, error) {
 	var s Spec
-	if err := load(dir, configFile, &s); err != nil {
+	if err := load(dir, layout.ContainerConfig, &s); err != nil {
 		return nil, err
 	}
 	return &s, s.Validate()

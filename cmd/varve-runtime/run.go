@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 
+	"varve.dev/layout"
 	"varve.dev/runtime"
 )
 
@@ -36,7 +37,7 @@ func run(dir string, lifeline bool) (int, error) {
 	if err != nil {
 		return runtime.CodeRuntime, err
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, runtime.LockFile), os.O_CREATE|os.O_RDONLY, 0o600)
+	lock, err := os.OpenFile(filepath.Join(dir, layout.ContainerLock), os.O_CREATE|os.O_RDONLY, 0o600)
 	if err != nil {
 		return runtime.CodeRuntime, err
 	}

@@ -13,9 +13,11 @@ import (
 	"sync"
 
 	"varve.dev/daemon"
+	"varve.dev/durable"
 	"varve.dev/fsck"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
+	"varve.dev/metadata"
 )
 
 // again asks recoverStore to use the store when it has recovered it.
@@ -27,14 +29,20 @@ const again = "again"
 func recoverStore(dir string, args []string, mark func(string, ...any)) error {
 	ctx := context.Background()
 	for round := range 2 {
-		e, err := daemon.Open(ctx, daemon.Options{Root: dir, State: args[0]})
+		var containers []string
+		e, err := daemon.Open(ctx, daemon.Options{Root: dir, State: args[0], Opened: func(_ *durable.Root, db *metadata.DB) {
+			containers = containerNames(ctx, db)
+		}})
 		if err != nil {
 			return fmt.Errorf("open, round %d: %w", round+1, err)
+		}
+		for _, name := range containers {
+			mark("there %d %s%s", round, containerPrefix, name)
 		}
 		err = tellImages(ctx, e, round, mark)
 		if err == nil && round == 1 && slices.Contains(args, again) {
 			w := &work{Engine: e, dir: dir, remote: args[1], state: args[0], mark: mark}
-			err = errors.Join(w.pull(stackedName)(ctx), w.build(ctx))
+			err = errors.Join(w.pull(stackedName)(ctx), w.build(builtName, 2)(ctx))
 		}
 		if err := errors.Join(err, e.Close(ctx)); err != nil {
 			return err
@@ -59,9 +67,22 @@ func tellImages(ctx context.Context, e *daemon.Engine, round int, mark func(stri
 		if _, err := e.Inspect(ctx, img.Name); err != nil {
 			return err
 		}
-		mark("image %d %s", round, img.Name)
+		mark("there %d %s", round, img.Name)
 	}
 	return nil
+}
+
+// containerPrefix tells containers from images, where both are told of.
+const containerPrefix = "container:"
+
+func containerNames(ctx context.Context, db *metadata.DB) (names []string) {
+	_ = db.View(ctx, func(tx *metadata.Tx) error {
+		return tx.Containers().Each("", func(_ layout.ContainerID, c layout.ContainerRecord) error {
+			names = append(names, c.Name)
+			return nil
+		})
+	})
+	return names
 }
 
 // eachLayer calls fn with the hash of every layer's tree.
@@ -84,7 +105,7 @@ func eachLayer(dir string, fn func(id, hash string)) error {
 }
 
 // ledger is what the workload was told by the time of a cut: of each name
-// that was not being changed, whether it is there.
+// that was not being changed, an image's or a container's, whether it is there.
 type ledger map[string]bool
 
 func ledgerOf(marks []string) ledger {
@@ -125,7 +146,7 @@ func (l ledger) wrong(aftermath []string, known facts) (wrong []string) {
 	for round := range 2 {
 		there := map[string]bool{}
 		for _, m := range aftermath {
-			if f := strings.Fields(m); f[0] == "image" && f[1] == strconv.Itoa(round) {
+			if f := strings.Fields(m); f[0] == "there" && f[1] == strconv.Itoa(round) {
 				there[f[2]] = true
 			}
 		}

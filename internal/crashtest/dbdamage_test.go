@@ -126,7 +126,7 @@ func newDamaged(t *testing.T) *damaged {
 		t.Fatal(err)
 	}
 	w := &work{Engine: e, dir: d.dir, remote: d.remote, state: d.state, mark: func(string, ...any) {}}
-	for _, step := range []func(context.Context) error{w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build} {
+	for _, step := range []func(context.Context) error{w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build(builtName, 2)} {
 		if err := step(ctx); err != nil {
 			t.Fatal(err)
 		}

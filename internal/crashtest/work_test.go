@@ -11,11 +11,16 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sync/errgroup"
+
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
 	"varve.dev/durable"
 	"varve.dev/internal/powercut"
 	"varve.dev/internal/testkit"
+	"varve.dev/layout"
+	"varve.dev/metadata"
+	"varve.dev/runtime"
 )
 
 var roles = map[string]powercut.Role{
@@ -40,8 +45,14 @@ const (
 	keptName    = "kept:1"
 	smallName   = "small:1"
 	builtName   = "built:1"
+	againName   = "built:again"
+	besideName  = "built:beside"
+	madeName    = "made:1"
 	bigName     = "big:1"
 )
+
+// workerName is the workload's container.
+const workerName = "worker"
 
 // place is where a workload works.
 type place struct {
@@ -79,6 +90,7 @@ const (
 // work is a store at work.
 type work struct {
 	*daemon.Engine
+	db     *metadata.DB
 	dir    string
 	remote string
 	state  string
@@ -104,14 +116,27 @@ func doWork(dir string, options daemon.Options, remote string, mark func(string,
 	ctx := context.Background()
 	w := &work{dir: dir, remote: remote, state: options.State, mark: mark, hashed: map[string]bool{}}
 	options.Root = dir
+	told := options.Opened
+	options.Opened = func(root *durable.Root, db *metadata.DB) {
+		w.db = db
+		if told != nil {
+			told(root, db)
+		}
+	}
 	var err error
 	if w.Engine, err = daemon.Open(ctx, options); err != nil {
 		return err
 	}
 	mark("opened")
-	steps := []func(context.Context) error{
-		w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build,
-		w.push, w.saveAndLoad, w.remove(w.remote + "/" + stackedName), w.remove(keptName), w.remove(builtName), w.pull(stackedName),
+	stacked := w.remote + "/" + stackedName
+	steps := []step{
+		w.pull(stackedName), w.tag(stacked, keptName), w.pull(smallName),
+		w.build(builtName, 2), w.build(againName, 2), // the second one from the cache
+		w.container, w.check,
+		together(w.build(builtName, 3), w.build(besideName, 4), w.commit, w.remove(againName)),
+		w.push, w.saveAndLoad,
+		w.removeContainer, w.remove(stacked), w.remove(keptName),
+		together(w.remove(builtName), w.remove(besideName), w.remove(madeName), w.pull(stackedName)),
 	}
 	for _, step := range steps {
 		if err := errors.Join(step(ctx), w.hashLayers()); err != nil {
@@ -119,6 +144,20 @@ func doWork(dir string, options daemon.Options, remote string, mark func(string,
 		}
 	}
 	return w.Close(ctx)
+}
+
+// step is a part of a workload.
+type step = func(context.Context) error
+
+// together takes steps at once.
+func together(steps ...step) step {
+	return func(ctx context.Context) error {
+		g, ctx := errgroup.WithContext(ctx)
+		for _, s := range steps {
+			g.Go(func() error { return s(ctx) })
+		}
+		return g.Wait()
+	}
 }
 
 // watchPoints counts the fault points that are passed, and kills the process
@@ -152,7 +191,7 @@ func (w *work) change(what string, do func() error) error {
 	return nil
 }
 
-func (w *work) pull(name string) func(context.Context) error {
+func (w *work) pull(name string) step {
 	return func(ctx context.Context) error {
 		return w.change("+"+w.remote+"/"+name, func() error {
 			_, err := w.Pull(ctx, varve.PullRequest{Reference: w.remote + "/" + name, Registry: varve.Registry{PlainHTTP: true}}, nil)
@@ -161,7 +200,7 @@ func (w *work) pull(name string) func(context.Context) error {
 	}
 }
 
-func (w *work) tag(source, target string) func(context.Context) error {
+func (w *work) tag(source, target string) step {
 	return func(ctx context.Context) error {
 		return w.change("+"+target, func() error {
 			return w.Tag(ctx, varve.TagRequest{Source: source, Target: target})
@@ -169,7 +208,7 @@ func (w *work) tag(source, target string) func(context.Context) error {
 	}
 }
 
-func (w *work) remove(name string) func(context.Context) error {
+func (w *work) remove(name string) step {
 	return func(ctx context.Context) error {
 		return w.change("-"+name, func() error {
 			_, err := w.Remove(ctx, varve.RemoveRequest{Name: name})
@@ -178,29 +217,85 @@ func (w *work) remove(name string) func(context.Context) error {
 	}
 }
 
-// build builds an image in two stages on the small one.
-func (w *work) build(ctx context.Context) error {
-	// Beside the state directory: it goes with the test, killed or not.
-	files, err := os.MkdirTemp(filepath.Dir(w.state), "context-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(files)
-	for i := range 20 {
-		if err := os.WriteFile(filepath.Join(files, fmt.Sprintf("file-%d", i)), plainContents(i), 0o644); err != nil {
+// build builds an image in two stages on the small one. Builds with the same
+// number have the same steps.
+func (w *work) build(name string, number int) step {
+	return func(ctx context.Context) error {
+		// Beside the state directory: it goes with the test, killed or not.
+		files, err := os.MkdirTemp(filepath.Dir(w.state), "context-")
+		if err != nil {
 			return err
 		}
+		defer os.RemoveAll(files)
+		for i := range 20 {
+			if err := os.WriteFile(filepath.Join(files, fmt.Sprintf("file-%d", i)), plainContents(i), 0o644); err != nil {
+				return err
+			}
+		}
+		from := "FROM " + w.remote + "/" + smallName
+		dockerfile := from + " AS files\nCOPY file-1* /some/\nRUN rm /some/file-10 && mkdir /ran && echo here >/ran/it\n" +
+			from + fmt.Sprintf("\nCOPY --from=files /some /some\nCOPY file-%d /etc/file\nRUN ln /etc/file /etc/same\nLABEL built=here\n", number)
+		return w.change("+"+name, func() error {
+			_, err := w.Build(ctx, varve.BuildRequest{
+				DockerfileBytes: []byte(dockerfile), Tags: []string{name},
+				Registry: varve.Registry{PlainHTTPHosts: []string{w.remote}},
+			}, varve.BuildContext{Dir: files}, nil)
+			return err
+		})
 	}
-	from := "FROM " + w.remote + "/" + smallName
-	dockerfile := from + " AS files\nCOPY file-1* /some/\nRUN rm /some/file-10 && mkdir /ran && echo here >/ran/it\n" +
-		from + "\nCOPY --from=files /some /some\nCOPY file-2 /etc/\nRUN ln /etc/file-2 /etc/same\nLABEL built=here\n"
-	return w.change("+"+builtName, func() error {
-		_, err := w.Build(ctx, varve.BuildRequest{
-			DockerfileBytes: []byte(dockerfile), Tags: []string{builtName},
-			Registry: varve.Registry{PlainHTTPHosts: []string{w.remote}},
-		}, varve.BuildContext{Dir: files}, nil)
+}
+
+// container makes a container and writes to its layer, as it would itself.
+func (w *work) container(ctx context.Context) error {
+	return w.change("+"+containerPrefix+workerName, func() error {
+		c, err := w.Create(ctx, varve.CreateRequest{Image: builtName, Name: workerName, Command: []string{"true"}}, nil)
+		if err != nil {
+			return err
+		}
+		spec, err := runtime.Load(c.Dir)
+		if err != nil {
+			return err
+		}
+		for i := range 20 {
+			if err := os.WriteFile(filepath.Join(spec.Rootfs.Upper, fmt.Sprintf("written-%d", i)), plainContents(i), 0o600); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// commit makes an image of the container.
+func (w *work) commit(ctx context.Context) error {
+	return w.change("+"+madeName, func() error {
+		_, err := w.Commit(ctx, varve.CommitRequest{Container: workerName, Name: madeName})
 		return err
 	})
+}
+
+func (w *work) removeContainer(ctx context.Context) error {
+	return w.change("-"+containerPrefix+workerName, func() error {
+		var ids []layout.ContainerID
+		err := w.db.View(ctx, func(tx *metadata.Tx) error {
+			return tx.Containers().Each("", func(id layout.ContainerID, _ layout.ContainerRecord) error {
+				ids = append(ids, id)
+				return nil
+			})
+		})
+		for _, id := range ids {
+			err = errors.Join(err, w.RemoveContainer(ctx, string(id)))
+		}
+		return err
+	})
+}
+
+// check looks at everything while the store is in use.
+func (w *work) check(ctx context.Context) error {
+	report, err := w.Fsck(ctx, varve.FsckRequest{Level: string(layout.Deep)}, nil)
+	if err == nil && report.ExitCode != 0 {
+		err = errors.New(report.Text)
+	}
+	return err
 }
 
 // push gives what was built to the registry.

@@ -6,9 +6,7 @@
 // runtime so that the shim's binary does not carry the store.
 //
 // Invariants kept: C1, C2. Crash story: the directory and the snapshot, held
-// by a lease, come first, the record last; what a crash leaves of an unrecorded
-// container is an empty snapshot, which recovery drops with the lease, and a
-// directory, which is reported and kept.
+// by a lease, come first, the record last: transitions T-D1 and T-D2.
 package containers
 
 import (
@@ -48,14 +46,10 @@ func New(root *durable.Root, db *metadata.DB, j *journal.Journal, snaps *snapsho
 	return &Store{root: root, db: db, journal: j, snaps: snaps}
 }
 
-// imageFile, in a container's directory, is the config of its image as it was
-// when the container was made: the image may get another meaning, or go.
-const imageFile = "image.json"
-
 // Image is what a container stands on.
 type Image struct {
 	Name   string
-	Config []byte             // JSON
+	Config []byte             // JSON; kept, since the name may get another meaning
 	Top    layout.SnapshotKey // committed; "" for an image without layers
 }
 
@@ -94,18 +88,20 @@ func (s *Store) Create(ctx context.Context, image Image, spec runtime.Spec) (lay
 	}
 	err = spec.Save(s.root.Path(dir))
 	if err == nil {
-		err = s.root.WriteFile(path.Join(dir, imageFile), image.Config, 0o600)
+		err = s.root.WriteFile(path.Join(dir, layout.ContainerImage), image.Config, 0o600)
 	}
 	if err == nil {
 		// There from the beginning, so that a start can be locked out.
-		err = s.root.WriteFile(path.Join(dir, runtime.LockFile), nil, 0o600)
+		err = s.root.WriteFile(path.Join(dir, layout.ContainerLock), nil, 0o600)
 	}
+	durable.At(layout.PointContainerMade)
 	if err == nil {
 		err = s.record(ctx, id, image.Name, key, spec.Name)
 	}
 	if err != nil {
 		return "", "", errors.Join(err, s.root.RemoveAll(dir))
 	}
+	durable.At(layout.PointContainerRecorded)
 	return id, s.root.Path(dir), nil
 }
 
@@ -154,7 +150,7 @@ func (s *Store) Remove(ctx context.Context, id layout.ContainerID) error {
 // lockOut takes the shim's lock, which tells whether the container runs; nil
 // for one that has lost it.
 func (s *Store) lockOut(id layout.ContainerID) (*os.File, error) {
-	f, err := os.Open(filepath.Join(s.root.Path(layout.ContainerPath(id)), runtime.LockFile))
+	f, err := os.Open(filepath.Join(s.root.Path(layout.ContainerPath(id)), layout.ContainerLock))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -204,7 +200,7 @@ func (s *Store) Hold(ctx context.Context, what string) (*Stopped, error) {
 	if h.lock, err = s.lockOut(h.ID); err != nil {
 		return nil, err
 	}
-	h.Config, err = os.ReadFile(s.root.Path(path.Join(layout.ContainerPath(h.ID), imageFile)))
+	h.Config, err = os.ReadFile(s.root.Path(path.Join(layout.ContainerPath(h.ID), layout.ContainerImage)))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("container %s: %w: %w", h.ID, err, errdefs.ErrUnavailable), h.Close())
 	}
