@@ -61,9 +61,13 @@ lint: deps
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 
 # Campaigns: minutes to hours, with a short seeded run of each in `test`.
-# make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1 (no FS: all three)
+# They write their tables into docs/CRASH.md.
+# make powercut FS=ext4|xfs|btrfs CASES=500 SEED=1 (no FS: all three): power
+# cuts of a store at work, of one with a planted bug, and of other engines.
+powercut: TIER := ,peers
 powercut: deps
-	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted' ./internal/crashtest
+	@scripts/install-packages $(CLIENTS)
+	FS=$(FS) CASES=$(or $(CASES),500) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted|UnderTheRig' ./internal/crashtest
 
 # A store killed at CASES moments that nobody chose.
 kill: deps

@@ -25,9 +25,6 @@ const barrierPairs = 7
 // maxCost is what durability may cost: a quarter of the same pull without.
 const maxCost = 1.25
 
-// everySync are the calls that make anything durable.
-const everySync = "fsync,fdatasync,sync_file_range,syncfs"
-
 // timings skips a test that measures, unless it was asked for.
 func timings(t *testing.T) {
 	t.Helper()
@@ -76,12 +73,12 @@ func (p place) timedPull(t *testing.T, dir, image, skip string) (took time.Durat
 // each takes 5 ms.
 func TestBarrierCost(t *testing.T) {
 	timings(t)
-	at := newPlace(t, stackedLayers, 150)
+	at := newPlace(t, stackedLayers, stackedFiles)
 	for _, kind := range kinds(t) {
 		for _, flush := range []time.Duration{0, 5 * time.Millisecond} {
 			t.Run(fmt.Sprintf("%s, a flush takes %v more", kind, flush), func(t *testing.T) {
 				rig := newRig(t)
-				disk, err := rig.Format(kind, diskSize)
+				disk, err := rig.Format(kind, diskSize(stackedFiles))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -109,7 +106,7 @@ func TestBarrierCost(t *testing.T) {
 // of 1 GB too.
 func TestBarrierCostHere(t *testing.T) {
 	timings(t)
-	at := newPlace(t, stackedLayers, 150)
+	at := newPlace(t, stackedLayers, stackedFiles)
 	dir, err := os.MkdirTemp("/var/tmp", "varve-barrier-")
 	must(t, err)
 	defer os.RemoveAll(dir)
@@ -136,7 +133,7 @@ func TestBarrierCostHere(t *testing.T) {
 // the same file system and not synced.
 func TestStrangersDirtyPages(t *testing.T) {
 	timings(t)
-	at := newPlace(t, stackedLayers, 150)
+	at := newPlace(t, stackedLayers, stackedFiles)
 	dir, err := os.MkdirTemp("/var/tmp", "varve-dirty-")
 	if err != nil {
 		t.Fatal(err)

@@ -118,7 +118,7 @@ func (f *faulty) one(t *testing.T, p faultfs.Plan) string {
 	store := filepath.Join(f.real, "store")
 	if _, serr := os.Lstat(store); serr == nil {
 		// The ledger's last change is in doubt where it ended in an error.
-		if wrong := f.judge(store, ledgerOf(marks), factsOf(lines)); len(wrong) > 0 {
+		if wrong := f.judge(store, ledgerOf(marks), factsOf(lines), false).wrong; len(wrong) > 0 {
 			t.Errorf("%s, after %q (%v):\n  %s", what, marks[max(0, len(marks)-2):], err, strings.Join(wrong, "\n  "))
 		}
 	}

@@ -101,7 +101,7 @@ func (p place) killed(t *testing.T, w powercut.Worker, what string) (killed bool
 		t.Fatalf("%s: %v", what, err)
 	}
 	known = factsOf(lines)
-	wrong := append(p.judge(dir, ledgerOf(marks), known, again), p.remains()...)
+	wrong := append(p.judge(dir, ledgerOf(marks), known, true).wrong, p.remains()...)
 	if len(wrong) > 0 {
 		t.Errorf("%s, after %q:\n  %s", what, marks[max(0, len(marks)-2):], strings.Join(wrong, "\n  "))
 	}

@@ -3,12 +3,14 @@
 package crashtest
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,112 +18,185 @@ import (
 	"varve.dev/internal/testkit"
 )
 
-func init() {
-	roles["containerd"] = containerdPulls
-	roles["containerd again"] = containerdLists
+// peer is an engine of Debian's under the instrument.
+type peer struct {
+	name    string
+	daemon  func(dir, state string) *exec.Cmd
+	client  func(state string, args ...string) *exec.Cmd
+	ready   []string // asks the client whether the daemon answers
+	pull    func(image string) []string
+	list    []string
+	version []string
+	layers  string // where the trees of its layers are
 }
 
-// withContainerd runs Debian's containerd on dir and hands fn its client. It
-// ends like the power: at once.
-func withContainerd(dir, state string, fn func(ctr func(args ...string) (string, error)) error) error {
-	config := filepath.Join(state, "containerd.toml")
-	sock := filepath.Join(state, "containerd.sock")
-	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\n[grpc]\n  address = %q\n", filepath.Join(dir, "containerd"), filepath.Join(state, "containerd"), sock)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		return err
+var peers = []peer{
+	{
+		name: "containerd",
+		daemon: func(dir, state string) *exec.Cmd {
+			config := filepath.Join(state, "containerd.toml")
+			text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\n[grpc]\n  address = %q\n", filepath.Join(dir, "containerd"), filepath.Join(state, "containerd"), filepath.Join(state, "sock"))
+			_ = os.WriteFile(config, []byte(text), 0o600)
+			return exec.Command("containerd", "-c", config, "-l", "error")
+		},
+		client: func(state string, args ...string) *exec.Cmd {
+			return exec.Command("ctr", append([]string{"-a", filepath.Join(state, "sock")}, args...)...)
+		},
+		ready:   []string{"version"},
+		pull:    func(image string) []string { return []string{"images", "pull", "--plain-http", image} },
+		list:    []string{"images", "ls", "-q"},
+		version: []string{"--version"},
+		layers:  "containerd/io.containerd.snapshotter.v1.overlayfs/snapshots",
+	},
+	{
+		name: "dockerd",
+		daemon: func(dir, state string) *exec.Cmd {
+			return exec.Command("dockerd", "--data-root", filepath.Join(dir, "docker"), "--exec-root", filepath.Join(state, "docker"),
+				"--pidfile", filepath.Join(state, "pid"), "-H", "unix://"+filepath.Join(state, "sock"),
+				"--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
+		},
+		client: func(state string, args ...string) *exec.Cmd {
+			return exec.Command("docker", append([]string{"-H", "unix://" + filepath.Join(state, "sock")}, args...)...)
+		},
+		ready:   []string{"version"},
+		pull:    func(image string) []string { return []string{"pull", "-q", image} },
+		list:    []string{"images", "--format", "{{.Repository}}:{{.Tag}}"},
+		version: []string{"version", "--format", "{{.Server.Version}}"},
+		layers:  "docker/overlay2",
+	},
+}
+
+func init() {
+	for _, p := range peers {
+		roles[p.name+" pulls"] = func(dir string, args []string, mark func(string, ...any)) error {
+			return p.with(dir, args[0], func() error {
+				version, err := p.ask(args[0], p.version...)
+				if err != nil {
+					return err
+				}
+				mark(fact+"version %s", strings.Join(strings.Fields(version), " "))
+				mark("opened")
+				if _, err := p.ask(args[0], p.pull(args[1]+"/"+debianName)...); err != nil {
+					return err
+				}
+				mark("acknowledged")
+				return nil
+			})
+		}
+		roles[p.name+" lists"] = func(dir string, args []string, mark func(string, ...any)) error {
+			return p.with(dir, args[0], func() error {
+				out, err := p.ask(args[0], p.list...)
+				for name := range strings.FieldsSeq(out) {
+					mark("image %s", name)
+				}
+				return err
+			})
+		}
 	}
-	daemon := exec.Command("containerd", "-c", config, "-l", "error")
+}
+
+// with runs the daemon on dir while fn runs. It ends like the power: at once,
+// with all that it has started.
+func (p peer) with(dir, state string, fn func() error) error {
+	daemon := p.daemon(dir, state)
+	daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := daemon.Start(); err != nil {
 		return err
 	}
 	defer func() {
-		_ = daemon.Process.Kill()
+		_ = syscall.Kill(-daemon.Process.Pid, syscall.SIGKILL)
 		_ = daemon.Wait()
 	}()
-	ctr := func(args ...string) (string, error) {
-		out, err := exec.Command("ctr", append([]string{"-a", sock}, args...)...).CombinedOutput()
-		if err != nil {
-			err = fmt.Errorf("ctr %s: %w: %s", strings.Join(args, " "), err, out)
-		}
-		return string(out), err
-	}
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		if _, err := ctr("version"); err == nil {
-			return fn(ctr)
+		if _, err := p.ask(state, p.ready...); err == nil {
+			return fn()
 		} else if time.Now().After(deadline) {
 			return err
 		}
 	}
 }
 
-func containerdPulls(dir string, args []string, mark func(string, ...any)) error {
-	return withContainerd(dir, args[0], func(ctr func(...string) (string, error)) error {
-		mark("opened")
-		if _, err := ctr("images", "pull", "--plain-http", args[1]+"/"+debianName); err != nil {
-			return err
-		}
-		mark("acknowledged")
-		return nil
-	})
-}
-
-func containerdLists(dir string, args []string, mark func(string, ...any)) error {
-	return withContainerd(dir, args[0], func(ctr func(...string) (string, error)) error {
-		out, err := ctr("images", "ls", "-q")
-		for name := range strings.FieldsSeq(out) {
-			mark("image %s", name)
-		}
-		return err
-	})
+func (p peer) ask(state string, args ...string) (string, error) {
+	out, err := p.client(state, args...).CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%s %s: %w: %s", p.name, strings.Join(args, " "), err, out)
+	}
+	return string(out), err
 }
 
 // debianName is a real image: Debian's containerd cannot unpack the stacked
 // one, which links into lower layers.
 const debianName = "debian:1"
 
-// TestPeersUnderTheRig pulls an image by containerd and cuts the
-// power when it has said that it is done: the instrument that finds nothing
-// with varve finds what there is to find.
+var peersTable = table{"peers", row{"engine", "file system", "after a pull that was acknowledged", "when it is started again"}}
+
+// TestPeersUnderTheRig pulls an image by other engines and cuts the power when
+// they have said that it is done: the instrument that finds nothing with varve
+// finds what there is to find.
 func TestPeersUnderTheRig(t *testing.T) {
-	testkit.Need(t, "containerd", "containerd")
-	at := newPlace(t, stackedLayers, 150)
+	at := newPlace(t, 1, 1)
 	at.registry.Push(t, testkit.Debian(t), debianName)
-	for _, kind := range kinds(t) {
-		t.Run(string(kind), func(t *testing.T) {
-			rig := newRig(t)
-			state := t.TempDir()
-			rec, _ := record(t, rig, kind, at.worker("containerd"), state, at.remote)
-			m, err := rig.Mount(kind, rec.Replay().Image(powercut.Cut{At: rec.Find("acknowledged"), Tail: powercut.None}))
-			if err != nil {
-				t.Fatal(err)
-			}
-			files, empty := 0, 0
-			snapshots := filepath.Join(m.Dir, "containerd", "io.containerd.snapshotter.v1.overlayfs", "snapshots")
-			err = filepath.WalkDir(snapshots, func(_ string, d fs.DirEntry, err error) error {
-				if err != nil || !d.Type().IsRegular() {
-					return err
-				}
-				fi, err := d.Info()
-				files++
-				if err == nil && fi.Size() == 0 {
-					empty++
-				}
-				return err
-			})
-			if err != nil && !os.IsNotExist(err) {
-				t.Error(err)
-			}
-			var listed []string
-			w := at.worker("containerd again")
-			w.Mark = func(line string) { listed = append(listed, line) }
-			lerr := w.Run(m.Dir, state, at.remote)
-			if err := m.Unmount(); err != nil {
-				t.Fatal(err)
-			}
-			t.Logf("after an acknowledged pull: %d files, %d of them empty; listed: %q (%v)", files, empty, listed, lerr)
-			if empty == 0 && files > 1000 {
-				t.Error("containerd lost nothing")
-			}
-		})
+	for _, p := range peers {
+		testkit.Need(t, p.name, map[string]string{"containerd": "containerd", "dockerd": "docker.io"}[p.name])
+		for _, kind := range kinds(t) {
+			t.Run(p.name+" on "+string(kind), func(t *testing.T) { p.cutPower(t, at, kind) })
+		}
 	}
+}
+
+func (p peer) cutPower(t *testing.T, at place, kind powercut.FileSystem) {
+	rig := newRig(t)
+	state := t.TempDir()
+	rec, facts := record(t, rig, kind, 4<<30, at.worker(p.name+" pulls"), state, at.remote)
+	m, err := rig.Mount(kind, rec.Replay().Image(powercut.Cut{At: rec.Find("acknowledged"), Tail: powercut.None}))
+	must(t, err)
+	files, empty := countEmpty(t, filepath.Join(m.Dir, p.layers))
+	listed := 0
+	w := at.worker(p.name + " lists")
+	w.Mark = func(string) { listed++ }
+	lerr := w.Run(m.Dir, t.TempDir(), at.remote)
+	must(t, unmountAll(m))
+	after := fmt.Sprintf("lists %d images", listed)
+	if lerr != nil {
+		after = "does not answer"
+		t.Log(lerr)
+	}
+	version := strings.Fields(facts[0])
+	lost := fmt.Sprintf("%d files, %d of them empty", files, empty)
+	tell(t, peersTable, row{p.name + " " + version[len(version)-1], string(kind), lost, after})
+	if empty == 0 && files > 1000 {
+		t.Error("it lost nothing")
+	}
+}
+
+// unmountAll unmounts a disk and what an engine has mounted below it.
+func unmountAll(m *powercut.Mount) error {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if at := strings.Fields(line)[1]; strings.HasPrefix(at, m.Dir+"/") {
+			err = errors.Join(err, syscall.Unmount(at, syscall.MNT_DETACH))
+		}
+	}
+	return errors.Join(err, m.Unmount())
+}
+
+func countEmpty(t *testing.T, dir string) (files, empty int) {
+	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		fi, err := d.Info()
+		files++
+		if err == nil && fi.Size() == 0 {
+			empty++
+		}
+		return err
+	})
+	if err != nil && !os.IsNotExist(err) {
+		t.Error(err)
+	}
+	return files, empty
 }

@@ -130,7 +130,7 @@ func TestTheRigSeesLoss(t *testing.T) {
 		t.Run(string(kind), func(t *testing.T) {
 			rig := newRig(t)
 			for _, role := range []string{"careless", "careful"} {
-				rec, _ := record(t, rig, kind, powercut.Worker{Role: role})
+				rec, _ := record(t, rig, kind, diskSize(0), powercut.Worker{Role: role})
 				cuts, losing, worst := rec.Choose(12, 1), 0, 0
 				images := rec.Replay()
 				for _, cut := range cuts {

@@ -148,7 +148,7 @@ func (s *simulation) cut(t *testing.T, at crashsim.Moment) {
 				delete(told, name)
 			}
 		}
-		for _, w := range s.judge(dir, told, s.known) {
+		for _, w := range s.judge(dir, told, s.known, false).wrong {
 			s.wrong = append(s.wrong, fmt.Sprintf("change %d (%s), image %d (%s): %s", at.N, at.Op.Path, s.images, mode, w))
 		}
 		os.RemoveAll(dir)

@@ -28,6 +28,8 @@ var roles = map[string]powercut.Role{
 	"careful":         careful,
 	"work":            workOnStore,
 	"pull":            pullTimed,
+	"long pull":       pullLong,
+	"pull rest":       pullRest,
 	"pull and remove": pullAndRemove,
 	"recover":         recoverStore,
 }
@@ -194,7 +196,10 @@ func (w *work) change(what string, do func() error) error {
 func (w *work) pull(name string) step {
 	return func(ctx context.Context) error {
 		return w.change("+"+w.remote+"/"+name, func() error {
-			_, err := w.Pull(ctx, varve.PullRequest{Reference: w.remote + "/" + name, Registry: varve.Registry{PlainHTTP: true}}, nil)
+			pulled, err := w.Pull(ctx, varve.PullRequest{Reference: w.remote + "/" + name, Registry: varve.Registry{PlainHTTP: true}}, nil)
+			if name == stackedName && err == nil {
+				w.mark(fact+"size %d", pulled.Size)
+			}
 			return err
 		})
 	}

@@ -136,11 +136,22 @@ const (
 	Some Tail = "some" // each sector or not, by the seed
 )
 
+// Moment says what a power cut comes right after.
+type Moment string
+
+// The moments.
+const (
+	AfterMark  Moment = "mark" // something was just promised
+	AfterFlush Moment = "flush"
+	AfterWrite Moment = "write"
+)
+
 // Cut is one power cut.
 type Cut struct {
-	At   int // events that were complete
-	Tail Tail
-	Seed uint64 // of Some
+	At    int // events that were complete
+	After Moment
+	Tail  Tail
+	Seed  uint64 // of Some
 }
 
 func (c Cut) String() string {
@@ -151,37 +162,33 @@ func (c Cut) String() string {
 	return s
 }
 
-// Choose returns n cuts in their order: right after each mark and each flush,
-// with every tail, and at moments between, as seed has it. Marks come first
-// when n is too small for all: at them a promise was just made.
+// Choose returns n cuts in their order, as seed has it. A fifth of them come
+// right after marks, at which something was just promised, and of few cuts
+// half; three quarters of the rest right after flushes; the others in between.
+// Each moment comes once before any comes twice, then with another tail.
 func (r *Recording) Choose(n int, seed uint64) []Cut {
 	rnd := rand.New(rand.NewPCG(seed, 0))
-	var marks, flushes, others []int
+	at := map[Moment][]int{}
 	for i, e := range r.events() {
-		switch e.kind {
-		case marked:
-			marks = append(marks, i+1)
-		case flushed:
-			flushes = append(flushes, i+1)
-		case wrote:
-			others = append(others, i+1)
-		}
+		moment := map[eventKind]Moment{marked: AfterMark, flushed: AfterFlush, wrote: AfterWrite}[e.kind]
+		at[moment] = append(at[moment], i+1)
 	}
 	var cuts []Cut
-	take := func(from []int, n int, tails ...Tail) {
+	take := func(after Moment, n int, tails ...Tail) {
+		from := at[after]
 		if len(from) == 0 {
 			return
 		}
 		order := rnd.Perm(len(from))
 		for i := range n {
-			at := from[order[i%len(order)]]
-			cuts = append(cuts, Cut{At: at, Tail: tails[(i+i/len(order))%len(tails)], Seed: rnd.Uint64()})
+			cuts = append(cuts, Cut{At: from[order[i%len(order)]], After: after, Tail: tails[(i+i/len(order))%len(tails)], Seed: rnd.Uint64()})
 		}
 	}
-	half, quarter := n/2, n/4
-	take(marks, half, None, Some)
-	take(flushes, quarter, None, Some, All)
-	take(others, n-half-quarter, Some, None, All)
+	marks := max(n/5, min(n/2, len(at[AfterMark])))
+	flushes := (n - marks) * 3 / 4
+	take(AfterMark, marks, None, Some)
+	take(AfterFlush, flushes, None, Some, All)
+	take(AfterWrite, n-marks-flushes, Some, None, All)
 	sortCuts(cuts)
 	return cuts
 }

@@ -43,8 +43,11 @@ func (fs FileSystem) make() []string {
 // but for discard, which this disk does not record as such; atimes would make
 // readers write.
 func (fs FileSystem) options() string {
-	if fs == Btrfs {
+	switch fs {
+	case Btrfs:
 		return "nodiscard"
+	case XFS:
+		return "nouuid" // images of one disk are mounted at once
 	}
 	return ""
 }
