@@ -16,6 +16,7 @@ import (
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
+	"varve.dev/repair"
 	"varve.dev/runtime"
 	"varve.dev/runtime/containers"
 	"varve.dev/snapshotter"
@@ -43,6 +44,7 @@ type Engine struct {
 	images     *image.Store
 	containers *containers.Store
 	builder    *builder.Builder
+	repairer   *repair.Repairer
 	scratch    *scratch
 	found      journal.Recovery
 }
@@ -85,6 +87,7 @@ func (e *Engine) open(ctx context.Context) (err error) {
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs,
 		Unpacker: unpacker{e.snaps}, Remotes: image.NewRemotes(image.RemoteOptions{Credentials: image.DockerCredentials("")}),
 	})
+	e.repairer = repair.New(repair.Config{Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps})
 	if e.scratch, err = newScratch(e.options.State); err != nil {
 		return err
 	}

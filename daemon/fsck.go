@@ -4,21 +4,59 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strings"
 	"sync"
 	"time"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"varve.dev/api/varve"
 	"varve.dev/errdefs"
 	"varve.dev/fsck"
+	"varve.dev/image"
 	"varve.dev/layout"
+	"varve.dev/repair"
 )
 
 // fsckEvery is the time between two events of a check's progress.
 const fsckEvery = 100 * time.Millisecond
 
-// Fsck implements varve.Backend: the store is checked while it is in use.
+// Fsck implements [varve.Backend].
 func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
+	report, err := e.check(ctx, req, progress)
+	if err != nil {
+		return varve.FsckReport{}, err
+	}
+	var text strings.Builder
+	var plan *repair.Plan
+	if req.Plan || req.Repair {
+		if plan, err = e.repairer.Plan(ctx, report, repositories{req.Registry}); err != nil {
+			return varve.FsckReport{}, err
+		}
+	}
+	if req.Repair && len(plan.Steps) > 0 {
+		if err := e.repairer.Run(ctx, plan, forwardRepairs(progress)); err != nil {
+			return varve.FsckReport{}, err
+		}
+		if report, err = e.check(ctx, req, progress); err != nil {
+			return varve.FsckReport{}, err
+		}
+	}
+	out := varve.FsckReport{ExitCode: report.ExitCode()}
+	if out.Report, err = json.Marshal(report); err == nil && plan != nil {
+		plan.WriteText(&text)
+		out.Plan, err = json.Marshal(plan)
+	}
+	if err != nil {
+		return varve.FsckReport{}, fmt.Errorf("fsck: %w: %w", err, errdefs.ErrInternal)
+	}
+	report.WriteText(&text)
+	out.Text = text.String()
+	return out, nil
+}
+
+func (e *Engine) check(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (*fsck.Report, error) {
 	options := fsck.Options{
 		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(),
 	}
@@ -34,15 +72,35 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 			}
 		}
 	}
-	report, err := fsck.Run(ctx, options)
-	if err != nil {
-		return varve.FsckReport{}, err
+	return fsck.Run(ctx, options)
+}
+
+func forwardRepairs(progress func(varve.Event)) func(*repair.Step) {
+	if progress == nil {
+		return nil
 	}
-	data, err := json.Marshal(report)
-	if err != nil {
-		return varve.FsckReport{}, fmt.Errorf("fsck: %w: %w", err, errdefs.ErrInternal)
+	return func(s *repair.Step) {
+		phase := varve.Done
+		if !s.Done.Healed {
+			phase = varve.Failed
+		}
+		progress(varve.Event{ID: s.Object, Name: s.Object, Phase: phase, Text: s.Done.Error})
 	}
-	var text strings.Builder
-	report.WriteText(&text)
-	return varve.FsckReport{Report: data, Text: text.String(), ExitCode: report.ExitCode()}, nil
+}
+
+// repositories are those that blobs came from, as a request says they are to be
+// talked to.
+type repositories struct{ asked varve.Registry }
+
+// Open implements repair.Registries.
+func (r repositories) Open(ctx context.Context, repository string, desc ocispec.Descriptor, offset int64) (io.ReadCloser, error) {
+	ref, err := image.ParseRef(repository + "@" + desc.Digest.String())
+	if err != nil {
+		return nil, err
+	}
+	repo, err := image.NewRemotes(remoteOptions(r.asked, ref)).Repository(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return repo.Open(ctx, desc, offset), nil
 }

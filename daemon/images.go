@@ -14,10 +14,15 @@ import (
 	"varve.dev/image"
 )
 
-// imagesFor returns the images with the caller's way to registries. The
-// credentials are those of the docker config file of whoever has the store
-// open, unless the caller sent some.
+// imagesFor returns the images with the caller's way to registries.
 func (e *Engine) imagesFor(r varve.Registry, ref image.Ref) *image.Store {
+	return e.images.With(image.NewRemotes(remoteOptions(r, ref)))
+}
+
+// remoteOptions are the caller's way to the registry of ref. The credentials
+// are those of the docker config file of whoever has the store open, unless
+// the caller sent some.
+func remoteOptions(r varve.Registry, ref image.Ref) image.RemoteOptions {
 	options := image.RemoteOptions{HostsDir: r.HostsDir, PlainHTTP: r.PlainHTTPHosts, Credentials: image.DockerCredentials("")}
 	if r.PlainHTTP {
 		options.PlainHTTP = append(options.PlainHTTP, ref.Domain())
@@ -31,7 +36,7 @@ func (e *Engine) imagesFor(r varve.Registry, ref image.Ref) *image.Store {
 			return auth.Username, auth.Password, nil
 		}
 	}
-	return e.images.With(image.NewRemotes(options))
+	return options
 }
 
 // platformOf reads what the caller wrote; nil stands for this machine's.

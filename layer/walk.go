@@ -21,6 +21,8 @@ type WalkOptions struct {
 	// Sums are sha256 sums that are known already, by inode, in hex. What
 	// is not in it is read.
 	Sums map[uint64]string
+	// Known may tell the sum of a file by its name, in its place; may be nil.
+	Known func(name string) (sha256 string, ok bool)
 	// File is handed every regular file once, open for reading, and closes
 	// it: the way to a durable.Barrier. May be nil.
 	File func(*os.File) error
@@ -100,7 +102,7 @@ func (w *walker) describe(e *Entry, full string, st *unix.Stat_t) (err error) {
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		e.Size = st.Size
-		e.SHA256, err = w.sum(full, st)
+		e.SHA256, err = w.sum(e.Names[0], full, st)
 	case unix.S_IFLNK:
 		e.Target, err = os.Readlink(full)
 	case unix.S_IFCHR, unix.S_IFBLK:
@@ -116,8 +118,11 @@ func (w *walker) describe(e *Entry, full string, st *unix.Stat_t) (err error) {
 }
 
 // sum returns the hash of a regular file, and shows the file to opts.File.
-func (w *walker) sum(full string, st *unix.Stat_t) (string, error) {
+func (w *walker) sum(name, full string, st *unix.Stat_t) (string, error) {
 	known, ok := w.opts.Sums[st.Ino]
+	if !ok && w.opts.Known != nil {
+		known, ok = w.opts.Known(name)
+	}
 	if ok && w.opts.File == nil {
 		return known, nil
 	}
@@ -139,6 +144,12 @@ func (w *walker) sum(full string, st *unix.Stat_t) (string, error) {
 	return known, f.Close()
 }
 
+// OverlaysOwn tells whether an xattr is overlayfs's note to itself, which is in
+// no manifest.
+func OverlaysOwn(xattr string) bool {
+	return strings.HasPrefix(xattr, overlayXattrs) && xattr != opaqueXattr
+}
+
 // xattrsOf returns the xattrs that belong to the layer: overlayfs's notes to
 // itself (origin, impure, …) are about the mount that made them.
 func (w *walker) xattrsOf(full string) (map[string]string, error) {
@@ -154,7 +165,7 @@ func (w *walker) xattrsOf(full string) (map[string]string, error) {
 	}
 	var out map[string]string
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(w.xattrs[:n]), "\x00"), "\x00") {
-		if strings.HasPrefix(name, overlayXattrs) && name != opaqueXattr {
+		if OverlaysOwn(name) {
 			continue
 		}
 		value, err := lgetxattr(full, name)

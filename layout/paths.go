@@ -20,6 +20,7 @@ const (
 	VolumesDir    = "volumes"
 	CacheMountDir = "cachemounts"
 	TrashDir      = "trash"
+	QuarantineDir = "quarantine"
 )
 
 // Dir is a directory that every store has from its creation on.
@@ -44,6 +45,7 @@ func Dirs() []Dir {
 		{VolumesDir, 0o711, "users' volumes"},
 		{CacheMountDir, 0o711, "contents of RUN --mount=type=cache"},
 		{TrashDir, 0o700, "renamed away, deleted in the background"},
+		{QuarantineDir, 0o700, "what repairs took out of the store for being damaged; nothing deletes it but a user"},
 	}
 	for i := range 256 {
 		dirs = append(dirs, Dir{fmt.Sprintf("%s/sha256/%02x", BlobsDir, i), 0o711, ""})
@@ -94,6 +96,13 @@ const (
 	ContainerImage  = "image.json"  // the config of its image, as it was then
 	ContainerLock   = "lock"        // held (flock) while the shim lives
 )
+
+// QuarantinePath is the directory of one repair; see [QuarantineNote].
+func QuarantinePath(id string) string { return path.Join(QuarantineDir, id) }
+
+// QuarantineNote, in a repair's directory, says what was found where: a
+// [QuarantineRecord].
+const QuarantineNote = "note.json"
 
 // TrashPath is where something with a sweep row waits to be deleted.
 func TrashPath(id string) string { return path.Join(TrashDir, id) }

@@ -76,6 +76,9 @@ type LayerRecord struct {
 	Size     int64      `json:"size"`     // bytes of disk the tree takes
 	Inodes   int64      `json:"inodes"`
 	Created  time.Time  `json:"created"`
+	// Damaged is when a repair could not make the tree whole: it is not
+	// used until a pull or a later repair has.
+	Damaged time.Time `json:"damaged,omitzero"`
 	// Export is the blob that a built layer was last written as; the blob
 	// may be gone by now.
 	Export *ocispec.Descriptor `json:"export,omitempty"`
@@ -252,6 +255,17 @@ type RebuiltRecord struct {
 	Records int      `json:"records"`
 	Lost    []string `json:"lost,omitempty"`
 	Kept    []string `json:"kept,omitempty"`
+}
+
+// QuarantineRecord is the note beside what a repair took out of its place, or
+// was about to: names in the directory that are not what they were called for
+// are good copies that a crash kept from their places.
+type QuarantineRecord struct {
+	When   time.Time         `json:"when"`
+	Object string            `json:"object"`           // "layer 0123…", "blob sha256:…"
+	Found  []string          `json:"found"`            // the findings
+	Files  map[string]string `json:"files,omitempty"`  // name here → path in the store
+	Images []string          `json:"images,omitempty"` // that stand on it
 }
 
 // SweepRecord is something whose record is gone and whose files have yet to

@@ -47,6 +47,9 @@ const (
 	PointContainerMade     = "container.made"
 	PointContainerRecorded = "container.recorded"
 
+	PointRepairMade  = "repair.made"
+	PointRepairGiven = "repair.given"
+
 	PointSweepRecorded = "sweep.recorded"
 	PointSweepClaimed  = "sweep.claimed"
 	PointSweepTrashed  = "sweep.trashed"
@@ -87,6 +90,9 @@ func Transitions() []Transition {
 
 		{"T-D1", "create container", "containers/<id> without a record, with nothing in it but what creation makes", Back, "to the trash; one with anything else in it, or that a rebuilt database knows nothing of, is adopted", PointContainerMade},
 		{"T-D2", "create container", "record, directory and writable layer", Stay, "none", PointContainerRecorded},
+
+		{"T-Q1", "repair", "quarantine/<id> with good files that have no names in the layer yet", Stay, "none: the next check finds what is still bad", PointRepairMade},
+		{"T-Q2", "repair", "quarantine/<id> with what was bad, the good files in its place, directories' times perhaps not set", Stay, "none: the next check finds a wrong time", PointRepairGiven},
 
 		{"T-R1", "remove", "a sweep, the files where they stood", Forward, "the sweep is claimed and the files renamed to the trash, unless a record or intent names them again", PointSweepRecorded},
 		{"T-R2", "remove", "a claimed sweep, the files where they stood", Forward, "the files are renamed to the trash", PointSweepClaimed},

@@ -15,7 +15,7 @@ type Backend interface {
 	Containers
 
 	Info(ctx context.Context) (Info, error)
-	// Fsck checks the store while it is in use.
+	// Fsck checks the store while it is in use, and repairs it if asked to.
 	Fsck(ctx context.Context, req FsckRequest, progress func(Event)) (FsckReport, error)
 }
 
@@ -240,12 +240,21 @@ type CommitRequest struct {
 // FsckRequest asks for a check.
 type FsckRequest struct {
 	Level string `json:"level"`
+	// Repair carries a plan out for what was found and checks again. Plan
+	// makes the plan and carries nothing out.
+	Repair bool `json:"repair,omitempty"`
+	Plan   bool `json:"plan,omitempty"`
+	// Registry says how to talk to the registries that blobs came from.
+	Registry
 }
 
 // FsckReport is the report of package fsck, in its documented JSON, and the
 // exit code that goes with it.
 type FsckReport struct {
-	Report   json.RawMessage `json:"report"`
+	Report json.RawMessage `json:"report"`
+	// Plan is that of package repair, with what came of it; nothing if none
+	// was asked for.
+	Plan     json.RawMessage `json:"plan,omitempty"`
 	Text     string          `json:"text"`
 	ExitCode int             `json:"exitCode"`
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"text/tabwriter"
 
@@ -16,11 +17,17 @@ import (
 const couldNotRun = 3
 
 func newFsck(g *globals) *cobra.Command {
-	var deep, quick, asJSON, list bool
+	var deep, quick, asJSON, list, repair, dryRun bool
+	var registry registryFlags
 	cmd := &cobra.Command{
 		Use:   "fsck [OPTIONS]",
-		Short: "Check the store, and say what is wrong where",
-		Long: `Check the store, and say what is wrong where.
+		Short: "Check the store, say what is wrong where, and repair it",
+		Long: `Check the store, say what is wrong where, and repair it.
+
+With --repair, what is wrong is made whole from the store's own copies or from
+the registries that it came from, while the store is in use, and then checked
+again. What was bad is kept in the store's quarantine folder. With --dry-run
+the plan is printed and nothing is done.
 
 Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 		Args: cobra.NoArgs,
@@ -37,17 +44,22 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 			case quick:
 				level = layout.Quick
 			}
+			reach, err := registry.registry(g)
+			if err != nil {
+				return err
+			}
+			request := varve.FsckRequest{Level: string(level), Repair: repair && !dryRun, Plan: dryRun, Registry: reach}
 			code := couldNotRun
-			err := g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			err = g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
 				show := newProgress(cmd.ErrOrStderr(), asJSON)
-				report, err := j.Fsck(ctx, varve.FsckRequest{Level: string(level)}, show.event)
+				report, err := j.Fsck(ctx, request, show.event)
 				show.finish()
 				if err != nil {
 					return err
 				}
 				code = report.ExitCode
 				if asJSON {
-					return printJSON(cmd.OutOrStdout(), string(report.Report))
+					return printFsckJSON(cmd, report)
 				}
 				_, err = fmt.Fprint(cmd.OutOrStdout(), report.Text)
 				return err
@@ -64,8 +76,23 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&deep, "deep", false, "read every byte: each blob against its digest, each file against its manifest")
 	cmd.Flags().BoolVar(&quick, "quick", false, "compare only records and names")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the report as JSON")
+	cmd.Flags().BoolVar(&repair, "repair", false, "make whole what is found, and check again")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what --repair would do")
+	registry.add(cmd)
 	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and its repair")
 	return cmd
+}
+
+// printFsckJSON prints the report, and beside it the plan if one was made.
+func printFsckJSON(cmd *cobra.Command, r varve.FsckReport) error {
+	if r.Plan == nil {
+		return printJSON(cmd.OutOrStdout(), string(r.Report))
+	}
+	data, err := json.Marshal(map[string]json.RawMessage{"report": r.Report, "plan": r.Plan})
+	if err != nil {
+		return err
+	}
+	return printJSON(cmd.OutOrStdout(), string(data))
 }
 
 func printLaw(cmd *cobra.Command) error {

@@ -23,7 +23,7 @@ var storeys = []storey{
 	{[]string{"snapshotter"}, "overlay2 snapshots"},
 	{[]string{"image", "runtime"}, "names → manifests; containers' specs and shims"},
 	{[]string{"builder/contexttar", "runtime/containers"}, "a build context as a stream; containers in a store"},
-	{[]string{"builder"}, "Dockerfile → LLB → results, build cache, export"},
+	{[]string{"builder", "repair"}, "Dockerfile → LLB → results, build cache, export; what fsck found, made whole"},
 	{[]string{"api/varve"}, "varve's own endpoints: translation only"},
 	{[]string{"daemon"}, "opens, recovers, wires, shuts down"},
 	{[]string{"cmd/varve", "cmd/varve-runtime"}, "the command; the shim"},
