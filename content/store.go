@@ -196,6 +196,28 @@ type reader struct {
 
 func (r *reader) Size() int64 { return r.size }
 
+// Verify reads a blob and compares it with its digest. Errors: ErrNotFound;
+// Corrupt (B1 to B3).
+func (s *Store) Verify(ctx context.Context, d digest.Digest) error {
+	r, err := s.ReaderAt(ctx, ocispec.Descriptor{Digest: d})
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	sum := layout.Algorithm.Digester()
+	if err := copyContext(ctx, sum.Hash(), io.NewSectionReader(r, 0, r.Size())); err != nil {
+		return fmt.Errorf("blob %s: %w", d, err)
+	}
+	return sameDigest(d, sum.Digest())
+}
+
+func sameDigest(want, got digest.Digest) error {
+	if got == want {
+		return nil
+	}
+	return &errdefs.Corrupt{Invariant: "B3", Object: "blob " + want.String(), Detail: "its bytes have the digest " + got.String()}
+}
+
 // ReadBlob returns all of a small blob, such as a manifest, after checking its
 // digest again. Errors: ErrNotFound; ErrResourceExhausted for one longer than
 // limit bytes; Corrupt (B1 to B3).
@@ -212,8 +234,8 @@ func (s *Store) ReadBlob(ctx context.Context, d layout.BlobDigest, limit int64) 
 	if _, err := io.ReadFull(io.NewSectionReader(r, 0, r.Size()), data); err != nil {
 		return nil, fmt.Errorf("blob %s: %w: %w", d, err, errdefs.ErrUnavailable)
 	}
-	if got := layout.Algorithm.FromBytes(data); got != d.Digest() {
-		return nil, &errdefs.Corrupt{Invariant: "B3", Object: "blob " + string(d), Detail: "its bytes have the digest " + got.String()}
+	if err := sameDigest(d.Digest(), layout.Algorithm.FromBytes(data)); err != nil {
+		return nil, err
 	}
 	return data, nil
 }

@@ -37,12 +37,17 @@ func (e *Engine) Build(ctx context.Context, req varve.BuildRequest, files varve.
 	if err != nil {
 		return varve.BuildResult{}, err
 	}
-	result, err := e.builder.Build(ctx, builder.Request{
+	request := builder.Request{
 		Images: baseImages{e: e, registry: req.Registry}, Context: dir,
 		Dockerfile: req.Dockerfile, DockerfileBytes: req.DockerfileBytes, Target: req.Target,
 		BuildArgs: req.BuildArgs, Labels: req.Labels, Platform: req.Platform, Network: req.Network,
 		ExtraHosts: req.ExtraHosts, NoCache: req.NoCache, Pull: req.Pull, Names: names,
 		Progress: forwardSteps(progress),
+	}
+	var result builder.Result
+	err = e.healing(ctx, req.Registry, func() (err error) {
+		result, err = e.builder.Build(ctx, request)
+		return err
 	})
 	if err != nil {
 		return varve.BuildResult{}, err

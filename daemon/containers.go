@@ -21,17 +21,22 @@ import (
 
 // Create implements varve.Containers.
 func (e *Engine) Create(ctx context.Context, req varve.CreateRequest, progress func(varve.Event)) (varve.Container, error) {
-	details, err := e.imageToRun(ctx, req, progress)
-	if err != nil {
-		return varve.Container{}, err
-	}
-	spec, err := specOf(req, details.Image.Config)
-	if err != nil {
-		return varve.Container{}, err
-	}
-	from := containers.Image{Name: req.Image, Config: details.JSON, Top: details.Snapshot}
-	id, dir, err := e.containers.Create(ctx, from, spec)
-	return varve.Container{ID: string(id), Dir: dir}, err
+	var out varve.Container
+	err := e.healing(ctx, req.Registry, func() error {
+		details, err := e.imageToRun(ctx, req, progress)
+		if err != nil {
+			return err
+		}
+		spec, err := specOf(req, details.Image.Config)
+		if err != nil {
+			return err
+		}
+		from := containers.Image{Name: req.Image, Config: details.JSON, Top: details.Snapshot}
+		id, dir, err := e.containers.Create(ctx, from, spec)
+		out = varve.Container{ID: string(id), Dir: dir}
+		return err
+	})
+	return out, err
 }
 
 // Commit implements varve.Containers.

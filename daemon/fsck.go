@@ -98,7 +98,11 @@ func (r repositories) Open(ctx context.Context, repository string, desc ocispec.
 	if err != nil {
 		return nil, err
 	}
-	repo, err := image.NewRemotes(remoteOptions(r.asked, ref)).Repository(ctx, ref)
+	options := remoteOptions(r.asked, ref)
+	// Several may have the blob, and somebody may wait for what needs it.
+	options.Patience = image.DefaultPatience()
+	options.Patience.Attempts = 3
+	repo, err := image.NewRemotes(options).Repository(ctx, ref)
 	if err != nil {
 		return nil, err
 	}

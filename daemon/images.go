@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/api/varve"
 	"varve.dev/errdefs"
@@ -77,11 +78,20 @@ func (e *Engine) Pull(ctx context.Context, req varve.PullRequest, progress func(
 	if err != nil {
 		return varve.ImageSummary{}, err
 	}
-	pulled, err := e.imagesFor(req.Registry, ref).Pull(ctx, ref, image.PullOptions{Platform: platform, Progress: forward(progress)})
-	if err != nil {
-		return varve.ImageSummary{}, err
-	}
-	return e.summary(ctx, pulled.Name)
+	var out varve.ImageSummary
+	err = e.healing(ctx, req.Registry, func() error {
+		pulled, err := e.imagesFor(req.Registry, ref).Pull(ctx, ref, image.PullOptions{Platform: platform, Progress: forward(progress)})
+		if err != nil {
+			return err
+		}
+		d, err := e.images.Inspect(ctx, pulled.Name)
+		if err != nil {
+			return err
+		}
+		out = summaryOf(familiar(pulled.Name), d.Summary)
+		return e.usable(ctx, d)
+	})
+	return out, err
 }
 
 func (e *Engine) summary(ctx context.Context, name string) (varve.ImageSummary, error) {
@@ -113,7 +123,11 @@ func (e *Engine) Push(ctx context.Context, req varve.PushRequest, progress func(
 	if err != nil {
 		return varve.PushResult{}, err
 	}
-	desc, err := e.imagesFor(req.Registry, ref).Push(ctx, ref, image.PushOptions{Progress: forward(progress)})
+	var desc ocispec.Descriptor
+	err = e.healing(ctx, req.Registry, func() (err error) {
+		desc, err = e.imagesFor(req.Registry, ref).Push(ctx, ref, image.PushOptions{Progress: forward(progress)})
+		return err
+	})
 	return varve.PushResult{Digest: desc.Digest.String(), Size: desc.Size}, err
 }
 
@@ -139,6 +153,18 @@ func (e *Engine) Load(ctx context.Context, archive io.Reader, progress func(varv
 func (e *Engine) Save(ctx context.Context, req varve.SaveRequest, w io.Writer) error {
 	if len(req.Names) == 0 {
 		return fmt.Errorf("save: no image is named: %w", errdefs.ErrInvalidArgument)
+	}
+	for _, name := range req.Names {
+		err := e.healing(ctx, varve.Registry{}, func() error {
+			d, err := e.images.Inspect(ctx, name)
+			if err != nil {
+				return err
+			}
+			return e.usable(ctx, d)
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return e.images.Save(ctx, w, req.Names...)
 }

@@ -154,6 +154,10 @@ func (o *saving) blob(ctx context.Context, desc ocispec.Descriptor) error {
 		return nil
 	}
 	o.written[name] = true
+	// What is damaged does not leave the store.
+	if err := o.store.blobs.Verify(ctx, desc.Digest); err != nil {
+		return err
+	}
 	r, err := o.store.blobs.ReaderAt(ctx, desc)
 	if err != nil {
 		return err

@@ -35,8 +35,10 @@ type Details struct {
 	Summary
 	Manifest ocispec.Descriptor
 	Layers   []ocispec.Descriptor
-	Image    ocispec.Image // the config
-	JSON     []byte        // the config's bytes, as they are
+	// Documents are the blobs above the layers: indexes, manifest, config.
+	Documents []ocispec.Descriptor
+	Image     ocispec.Image // the config
+	JSON      []byte        // the config's bytes, as they are
 	// Snapshot stands for the unpacked layers; "" when they are not, or
 	// there are none.
 	Snapshot layout.SnapshotKey
@@ -125,7 +127,7 @@ func (s *Store) Inspect(ctx context.Context, what string) (Details, error) {
 	if err != nil {
 		return Details{}, err
 	}
-	d := Details{Summary: Summary{Target: found.Target, Names: found.Names}, Manifest: p.manifest, Layers: p.layers, Image: p.image}
+	d := Details{Summary: Summary{Target: found.Target, Names: found.Names}, Manifest: p.manifest, Layers: p.layers, Documents: p.documents(), Image: p.image}
 	d.fill(p)
 	if d.JSON, err = newDocuments(s, nil).read(ctx, p.config, maxConfig); err != nil {
 		return Details{}, err

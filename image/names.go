@@ -54,6 +54,9 @@ func (s *Store) Find(ctx context.Context, what string) (Found, error) {
 		if !errors.Is(err, errdefs.ErrNotFound) {
 			return Found{}, err
 		}
+		if ref.Digest() != "" {
+			return s.findDigest(ctx, ref)
+		}
 	}
 	hex, ok := isID(what)
 	switch {
@@ -63,6 +66,25 @@ func (s *Store) Find(ctx context.Context, what string) (Found, error) {
 		return Found{}, nameErr
 	}
 	return Found{}, fmt.Errorf("no image %s in the store: %w", ref.Familiar(), errdefs.ErrNotFound)
+}
+
+// findDigest finds an image that was pulled by a tag of the repository and has
+// the digest: what a Dockerfile's FROM is once it was resolved.
+func (s *Store) findDigest(ctx context.Context, ref Ref) (Found, error) {
+	var found Found
+	err := s.each(ctx, func(name string, rec layout.ImageRecord) error {
+		if rec.Target.Digest != ref.Digest() {
+			return nil
+		}
+		if named, err := ParseRef(name); err == nil && named.Repository() == ref.Repository() {
+			found.Target, found.Names = rec.Target, append(found.Names, name)
+		}
+		return nil
+	})
+	if err == nil && len(found.Names) == 0 {
+		err = fmt.Errorf("no image %s in the store: %w", ref.Familiar(), errdefs.ErrNotFound)
+	}
+	return found, err
 }
 
 func (s *Store) findID(ctx context.Context, hex string) (Found, error) {

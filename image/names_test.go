@@ -158,6 +158,13 @@ func TestNames(t *testing.T) {
 			t.Errorf("find %s: %+v, %v", id, f, err)
 		}
 	}
+	pinned := ref.WithDigest(got.Target.Digest).String()
+	if f, err := o.Find(t.Context(), pinned); err != nil || f.Target.Digest != got.Target.Digest {
+		t.Errorf("find %s: %+v, %v", pinned, f, err)
+	}
+	if _, err := o.Find(t.Context(), ref.WithDigest(digest.FromString("another")).String()); !errors.Is(err, errdefs.ErrNotFound) {
+		t.Errorf("find another digest: %v", err)
+	}
 	steps, err := o.History(t.Context(), "short:1")
 	if err != nil || len(steps) != 2 || !steps[0].EmptyLayer || steps[1].Size == 0 {
 		t.Errorf("history: %+v, %v", steps, err)

@@ -173,6 +173,12 @@ func (p *push) send(ctx context.Context, pusher remotes.Pusher, desc ocispec.Des
 	if err != nil {
 		return err
 	}
+	// What is damaged does not leave the store.
+	err = p.store.blobs.Verify(ctx, desc.Digest)
+	if err != nil {
+		w.Close()
+		return err
+	}
 	blob, err := p.store.blobs.ReaderAt(ctx, desc)
 	if err != nil {
 		w.Close()

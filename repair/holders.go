@@ -30,9 +30,8 @@ func (w *work) letGo(ctx context.Context, tree, bad string) []Container {
 	mounts := overlaysOn(w.Root.Path(tree))
 	done := map[string]bool{}
 	for _, m := range mounts {
-		if key := m.device; !done[key] {
-			done[key] = true
-			_ = m.reconfigure()
+		if !done[m.device] {
+			done[m.device] = m.reconfigure() == nil
 		}
 	}
 	return w.containersOn(ctx, mounts, heldHandles(w.Root.Path(bad)))

@@ -103,11 +103,12 @@ func (t *treeRepair) mendAll(ctx context.Context) (whole bool, err error) {
 	if err := t.makeRoot(); err != nil {
 		return false, err
 	}
-	suspects := map[string]bool{}
+	suspects, all := map[string]bool{}, false
 	for _, f := range t.step.Findings {
 		suspects[f.Path] = true
+		all = all || f.Path == "" // nobody has looked at its files
 	}
-	suspect := func(name string) bool { return suspects[name] }
+	suspect := func(name string) bool { return all || suspects[name] }
 	lacking := false
 	for range rounds {
 		changes, extra, err := compare(ctx, t.Root.Path(t.tree()), t.files, suspect)

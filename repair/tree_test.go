@@ -24,7 +24,7 @@ import (
 type host struct {
 	root, state, remote string
 	trees               map[string]string // layer → hash
-	config              []byte
+	registry            *testkit.RegistryServer
 }
 
 func newHost(t *testing.T) *host {
@@ -33,7 +33,7 @@ func newHost(t *testing.T) *host {
 	registry := testkit.Registry(t)
 	registry.Push(t, testkit.Stacked(t, 4, 30), "stacked:1")
 	registry.Push(t, testkit.Busybox(t), "busybox:1")
-	h := &host{root: t.TempDir(), state: t.TempDir(), remote: registry.Addr}
+	h := &host{root: t.TempDir(), state: t.TempDir(), remote: registry.Addr, registry: registry}
 	t.Setenv("VARVE_RUNTIME", filepath.Join(testkit.Binaries(t), "varve-runtime"))
 	h.with(t, func(ctx context.Context, e *daemon.Engine) {
 		h.pull(t, e, "stacked:1")

@@ -2,12 +2,16 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -41,6 +45,50 @@ func (s *Snapshotter) Tree(ctx context.Context, key layout.SnapshotKey) (overlay
 		return nil
 	})
 	return t, err
+}
+
+// Usable tells whether the layers that a committed snapshot stands on can be
+// used, as far as a look at their directories tells; "" stands on none. Whoever
+// is about to use one asks. Errors: Corrupt (L1, L4).
+func (s *Snapshotter) Usable(ctx context.Context, key layout.SnapshotKey) error {
+	layers := map[layout.LayerID]layout.LayerRecord{}
+	err := s.db.View(ctx, func(tx *metadata.Tx) error {
+		var all error
+		return errors.Join(eachBelow(tx, key, func(rec layout.SnapshotRecord) {
+			l, err := tx.Layers().Get(rec.Layer)
+			layers[rec.Layer], all = l, errors.Join(all, err)
+		}), all)
+	})
+	if err != nil {
+		return err
+	}
+	for id, rec := range layers {
+		if err := s.stands(id, rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Snapshotter) stands(id layout.LayerID, rec layout.LayerRecord) error {
+	bad := func(invariant, detail string) error {
+		return &errdefs.Corrupt{Invariant: invariant, Object: "layer " + string(id), Detail: detail}
+	}
+	if !rec.Damaged.IsZero() {
+		return bad("L4", "it was found damaged on "+rec.Damaged.Format(time.RFC3339)+" and nothing had what is missing")
+	}
+	dir, err := os.OpenFile(s.root.Path(layerTree(id)), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return bad("L1", "its tree cannot be opened: "+err.Error())
+	}
+	defer dir.Close()
+	if rec.Inodes < 2 { // the tree's own directory
+		return nil
+	}
+	if _, err := dir.Readdirnames(1); err != nil {
+		return bad("L4", fmt.Sprintf("its tree is empty, and has %d files", rec.Inodes))
+	}
+	return nil
 }
 
 // maxChain ends a walk through parents that damage has bent into a circle.

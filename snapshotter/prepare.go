@@ -37,6 +37,9 @@ func (s *Snapshotter) create(ctx context.Context, holder layout.Node, key layout
 	if err != nil {
 		return err
 	}
+	if err := s.Usable(ctx, rec.Parent); err != nil {
+		return err
+	}
 	// A view of nothing needs an empty directory to show.
 	if rec.Kind == layout.SnapshotActive || rec.Parent == "" {
 		rec.Layer = layout.LayerID(layout.NewID())
@@ -104,9 +107,6 @@ func (s *Snapshotter) makeActive(id layout.LayerID, lowers []string) error {
 	perm, uid, gid := os.FileMode(treePerm), 0, 0
 	if len(lowers) > 0 {
 		fi, err := os.Lstat(lowers[0])
-		if errors.Is(err, os.ErrNotExist) {
-			return &errdefs.Corrupt{Invariant: "L1", Object: lowers[0], Detail: "the layer's tree is missing"}
-		}
 		if err != nil {
 			return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -141,19 +142,29 @@ func lookupUser(rootfs, spec string) (*user.ExecUser, error) {
 		return nil, err
 	}
 	defer root.Close()
-	open := func(name string) io.Reader {
+	// Closed at once: a shim that held files of the image would keep its
+	// container from ever seeing them repaired.
+	read := func(name string) io.Reader {
 		f, err := root.Open(name)
 		if err != nil {
 			return strings.NewReader("")
 		}
-		return f // closed with the process, which becomes a waiting shim
+		defer f.Close()
+		data, err := io.ReadAll(io.LimitReader(f, maxUserFile))
+		if err != nil {
+			return strings.NewReader("")
+		}
+		return bytes.NewReader(data)
 	}
-	who, err := user.GetExecUser(spec, &user.ExecUser{Home: "/"}, open("etc/passwd"), open("etc/group"))
+	who, err := user.GetExecUser(spec, &user.ExecUser{Home: "/"}, read("etc/passwd"), read("etc/group"))
 	if err != nil {
 		return nil, fmt.Errorf("user %q: %w", spec, err)
 	}
 	return who, nil
 }
+
+// maxUserFile is more than anybody's /etc/passwd, in bytes.
+const maxUserFile = 16 << 20
 
 // ociSpec is the runtime-spec form of a container.
 func ociSpec(rootfs string, s *runtime.Spec, caps []string) *specs.Spec {
