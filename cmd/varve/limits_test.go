@@ -16,29 +16,6 @@ import (
 	"varve.dev/internal/testkit"
 )
 
-// smallDisk mounts an ext4 of so many MiB.
-func smallDisk(t *testing.T, mib int) string {
-	t.Helper()
-	testkit.NeedRoot(t)
-	testkit.Need(t, "mkfs.ext4", "e2fsprogs")
-	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
-	for _, args := range [][]string{
-		{"truncate", "-s", fmt.Sprintf("%dM", mib), file},
-		{"mkfs.ext4", "-q", file},
-		{"mount", "-o", "loop", file, dir},
-	} {
-		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v: %s", args, err, out)
-		}
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
-
 // used returns the bytes and inodes in use on a disk.
 func used(t *testing.T, dir string) (bytes, inodes uint64) {
 	t.Helper()
@@ -55,7 +32,7 @@ func TestFullDisk(t *testing.T) {
 	registry := testkit.Registry(t)
 	small := registry.Push(t, testkit.Busybox(t), "small:1")
 	large := registry.Push(t, testkit.Stacked(t, 20, 150), "large:1")
-	h := newHostAt(t, filepath.Join(smallDisk(t, 32), "root"))
+	h := newHostAt(t, filepath.Join(testkit.Ext4(t, 32).Dir, "root"))
 	h.run("pull", small)
 	before, inodes := used(t, h.root)
 	out, code := h.try("pull", large)
