@@ -24,6 +24,7 @@ var roles = map[string]powercut.Role{
 	"work":            workOnStore,
 	"pull":            pullTimed,
 	"pull and remove": pullAndRemove,
+	"build twice":     buildTwice,
 	"recover":         recoverStore,
 }
 
