@@ -229,7 +229,9 @@ func (x *export) write(ctx context.Context, l *exported) error {
 	z, err := layer.Compress(in, layer.Gzip)
 	if err == nil {
 		err = layer.Export(ctx, io.MultiWriter(z, diff.Hash()), parents[0].Manifest, parents[0].Dir)
-		err = errors.Join(err, z.Close())
+		if cerr := z.Close(); err == nil {
+			err = cerr // after a failed write it says the same again
+		}
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("layer %s: %w", l.id, err), in.Discard())
