@@ -101,6 +101,34 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// TestFailedSyncPoisons lets the first sync of each sort fail that a pull makes.
+// The next operation by the same engine is refused, and says why; opened again,
+// the store pulls and builds.
+func TestFailedSyncPoisons(t *testing.T) {
+	f := newFaulty(t, newPlace(t, 3, 5), "pull and remove", true)
+	tried := 0
+	for _, call := range []string{"fsync", "fdatasync", "sync_file_range", "syncfs"} {
+		p := faultcall.Plan{Calls: []string{call}, Error: syscall.EIO}
+		if sound := f.run(t, p); len(sound.all) > sound.opening {
+			p.At = sound.opening + 1
+		} else {
+			continue // not on this file system
+		}
+		tried++
+		o := f.run(t, p)
+		wrong := append(f.told(o, p), f.judge(f.store, ledgerOf(o.marks), factsOf(o.lines), again)...)
+		if said := o.said("poisoned"); !strings.Contains(said, "poisoned by a failed sync") || !strings.Contains(said, p.Error.Error()) {
+			wrong = append(wrong, fmt.Sprintf("once more, it says %q", said))
+		}
+		if len(wrong) > 0 {
+			t.Errorf("%v fails: %q\n  %s", o.failed, o.lines, strings.Join(wrong, "\n  "))
+		}
+	}
+	if tried < 2 {
+		t.Errorf("%d sorts of sync were seen", tried)
+	}
+}
+
 // faulty is a workload in a place of its own.
 type faulty struct {
 	place
@@ -116,7 +144,7 @@ func newFaulty(t *testing.T, at place, role string, givesBack bool) *faulty {
 	return &faulty{place: at, role: role, store: filepath.Join(dir, "store"), givesBack: givesBack}
 }
 
-// each lets every change fail in turn, or CASES of them.
+// each lets every change fail in turn, or CASES of them, SEED says which.
 func (f *faulty) each(t *testing.T, p faultcall.Plan) {
 	t.Helper()
 	began := time.Now()
@@ -126,7 +154,7 @@ func (f *faulty) each(t *testing.T, p faultcall.Plan) {
 	if sound.err != nil || sound.said("error")+sound.said("close") != "" || changes == 0 {
 		t.Fatalf("without a fault: %d changes, %v, %q", changes, sound.err, sound.lines)
 	}
-	every := max(1, changes/caseCount(t, 10))
+	every := max(1, changes/caseCount(t, 7))
 	said := map[string]int{}
 	for k := 1 + int(seed(t))%every; k <= changes; k += every {
 		p.At = k
@@ -138,6 +166,7 @@ func (f *faulty) each(t *testing.T, p faultcall.Plan) {
 // outcome is what a run of a workload came to.
 type outcome struct {
 	all, failed []faultcall.Change
+	opening     int // so many of all came before the first step
 	marks       []string
 	lines       []string // facts
 	err         error    // of the process
@@ -165,9 +194,13 @@ func (f *faulty) run(t *testing.T, p faultcall.Plan) (o outcome) {
 	w.Mark = func(line string) {
 		if l, ok := strings.CutPrefix(line, fact); ok {
 			o.lines = append(o.lines, l)
-		} else {
-			o.marks = append(o.marks, line)
+			return
 		}
+		if len(o.marks) == 0 {
+			all, _ := w.Watch.Seen()
+			o.opening = len(all)
+		}
+		o.marks = append(o.marks, line)
 	}
 	o.err = w.Run(f.store, f.state, f.remote)
 	o.all, o.failed = w.Watch.Seen()
