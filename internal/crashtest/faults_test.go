@@ -268,7 +268,11 @@ func (f *faulty) told(o outcome, p faultcall.Plan) (wrong []string) {
 // of the Dockerfile.
 func says(text string, failed []faultcall.Change) bool {
 	return slices.ContainsFunc(failed, func(c faultcall.Change) bool {
-		return strings.Contains(text, filepath.Base(c.Path)) || strings.Contains(text, "Dockerfile:")
+		name := filepath.Base(c.Path)
+		if name == layout.TreeDir {
+			name = "layer" // the root of its tree
+		}
+		return strings.Contains(text, name) || strings.Contains(text, "Dockerfile:")
 	})
 }
 
