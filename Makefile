@@ -73,11 +73,13 @@ powercut: deps
 kill: deps
 	CASES=$(or $(CASES),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestKillAtRandom ./internal/crashtest
 
-# Each change of a pull and a removal fails, in turn, or CASES of them.
+# Each change to a store's files fails, in turn, or CASES of them: on a disk that
+# breaks and on one that is full, in pulls and removals and in builds.
 faults: deps
-	CASES=$(or $(CASES),100000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestFaults ./internal/crashtest
+	CASES=$(or $(CASES),100000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestFaults|FailedSync' ./internal/crashtest
 
-# What durability costs, and what other writers' dirty pages do to it.
+# What durability costs, and what other writers' dirty pages do to it, PAIRS
+# times each.
 barrier: deps
 	VARVE_TIMINGS=1 FS=$(FS) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 1h -v -run 'Barrier|Strangers' ./internal/crashtest
 

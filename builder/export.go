@@ -19,6 +19,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/journal"
 	"varve.dev/layer"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -56,7 +57,11 @@ func (s *session) export(ctx context.Context, top layout.SnapshotKey, config []b
 		x.barrier.Abandon()
 	}
 	for _, in := range x.ingests {
-		_ = in.Close()
+		if err != nil && !errors.Is(err, journal.ErrIntended) {
+			_ = in.Discard() // recovery removes what this leaves
+		} else {
+			_ = in.Close()
+		}
 	}
 	return out, err
 }
@@ -223,7 +228,7 @@ func (x *export) write(ctx context.Context, l *exported) error {
 	if err != nil {
 		return err
 	}
-	in, err := x.s.b.Blobs.OpenIngest(ctx, "export-"+string(l.id)+"-"+layout.NewID(), "", 0)
+	in, err := x.s.b.Blobs.NewIngest(ctx, "export-"+string(l.id), "")
 	if err != nil {
 		return err
 	}
@@ -231,7 +236,9 @@ func (x *export) write(ctx context.Context, l *exported) error {
 	z, err := layer.Compress(in, layer.Gzip)
 	if err == nil {
 		err = layer.Export(ctx, io.MultiWriter(z, diff.Hash()), parents[0].Manifest, parents[0].Dir)
-		err = errors.Join(err, z.Close())
+		if cerr := z.Close(); err == nil {
+			err = cerr // after a failed write it says the same again
+		}
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("layer %s: %w", l.id, err), in.Discard())
@@ -346,7 +353,7 @@ func (x *export) publish(ctx context.Context, top layout.SnapshotKey, desc ocisp
 // document puts a small blob into an ingest of its own.
 func (x *export) document(ctx context.Context, data []byte) (layout.BlobMove, error) {
 	d := digest.FromBytes(data)
-	in, err := x.s.b.Blobs.OpenIngest(ctx, "document-"+d.String()+"-"+layout.NewID(), layout.BlobDigest(d), int64(len(data)))
+	in, err := x.s.b.Blobs.NewIngest(ctx, "export-"+d.String(), layout.BlobDigest(d))
 	if err != nil {
 		return layout.BlobMove{}, err
 	}

@@ -47,10 +47,24 @@ func (s *Store) OpenIngest(ctx context.Context, ref string, expected layout.Blob
 	if !s.lock(id) {
 		return nil, fmt.Errorf("ingest %q is being written by someone else: %w", ref, errdefs.ErrUnavailable)
 	}
-	in, err := s.openIngest(ctx, id, layout.IngestRecord{Ref: ref, Expected: expected, Total: total, Started: time.Now().UTC()})
+	return s.begin(ctx, id, layout.IngestRecord{Ref: ref, Expected: expected, Total: total})
+}
+
+// NewIngest begins an ingest that only its caller can go on with: what a crash
+// leaves of it is removed. purpose is for people.
+func (s *Store) NewIngest(ctx context.Context, purpose string, expected layout.BlobDigest) (*Ingest, error) {
+	ref := purpose + "-" + layout.NewID()
+	id := layout.IngestFor(ref)
+	s.lock(id)
+	return s.begin(ctx, id, layout.IngestRecord{Ref: ref, Expected: expected, Private: true})
+}
+
+func (s *Store) begin(ctx context.Context, id layout.IngestID, rec layout.IngestRecord) (*Ingest, error) {
+	rec.Started = time.Now().UTC()
+	in, err := s.openIngest(ctx, id, rec)
 	if err != nil {
 		s.unlock(id)
-		return nil, fmt.Errorf("ingest %q: %w", ref, err)
+		return nil, fmt.Errorf("ingest %q: %w", rec.Ref, err)
 	}
 	return in, nil
 }
@@ -60,58 +74,68 @@ func (s *Store) openIngest(ctx context.Context, id layout.IngestID, want layout.
 	old, err := s.readInfo(id)
 	fresh := err != nil || old.Ref != want.Ref || (want.Expected != "" && old.Expected != "" && old.Expected != want.Expected)
 	if fresh {
-		if err := s.root.RemoveAll(layout.IngestPath(id)); err != nil {
-			return nil, err
-		}
-		if err := s.startIngest(id, want); err != nil {
-			return nil, err
+		if err = in.start(); err != nil {
+			_ = s.root.RemoveAll(layout.IngestPath(id)) // a full disk wants it back
 		}
 	} else {
-		in.info.Started = old.Started
-		if want.Expected == "" {
-			in.info.Expected = old.Expected
-		}
-		if want.Total == 0 {
-			in.info.Total = old.Total
-		}
+		err = in.takeUp(ctx, old)
 	}
-	in.file, err = s.root.AppendFile(in.path(layout.IngestData), 0o600)
 	if err != nil {
-		return nil, err
-	}
-	if !fresh {
-		if in.last, err = in.file.ModTime(); err != nil {
+		if in.file != nil {
 			in.file.Close()
-			return nil, err
 		}
-	}
-	if err := in.rehash(ctx); err != nil {
-		in.file.Close()
 		return nil, err
 	}
 	return in, nil
 }
 
-// startIngest makes the directory of an ingest, without syncing it: losing it
-// loses nothing that was promised.
-func (s *Store) startIngest(id layout.IngestID, rec layout.IngestRecord) error {
-	if err := s.root.Mkdir(layout.IngestPath(id), 0o700); err != nil {
+// start makes the ingest, in place of what was there, without syncing it:
+// losing it loses nothing that was promised.
+func (in *Ingest) start() error {
+	root, dir := in.store.root, layout.IngestPath(in.id)
+	if err := root.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := root.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
 	durable.At(layout.PointIngestOpened)
-	data, err := json.Marshal(rec)
+	data, err := json.Marshal(in.info)
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInternal)
 	}
-	f, err := s.root.CreateFile(path.Join(layout.IngestPath(id), layout.IngestInfo), 0o600)
+	f, err := root.CreateFile(in.path(layout.IngestInfo), 0o600)
 	if err != nil {
 		return err
 	}
-	if _, err := f.Write(data); err != nil {
-		f.Close()
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	return f.Close()
+	in.file, err = root.AppendFile(in.path(layout.IngestData), 0o600)
+	return err
+}
+
+// takeUp goes on behind what an earlier writer left. Whether the disk has it is
+// for the disk to say: that writer may have ended by a sync that failed.
+func (in *Ingest) takeUp(ctx context.Context, old layout.IngestRecord) (err error) {
+	in.info.Started = old.Started
+	if in.info.Expected == "" {
+		in.info.Expected = old.Expected
+	}
+	if in.info.Total == 0 {
+		in.info.Total = old.Total
+	}
+	if in.file, err = in.store.root.AppendFile(in.path(layout.IngestData), 0o600); err != nil {
+		return err
+	}
+	if in.last, err = in.file.ModTime(); err != nil {
+		return err
+	}
+	if err := in.file.Forget(); err != nil {
+		return err
+	}
+	return in.rehash(ctx)
 }
 
 func (s *Store) readInfo(id layout.IngestID) (layout.IngestRecord, error) {
@@ -217,10 +241,11 @@ func (in *Ingest) Close() error {
 	return err
 }
 
-// Discard throws the ingest away.
+// Discard throws the ingest away. In a poisoned store, which is not changed any
+// more, it stays for the next writer.
 func (in *Ingest) Discard() error {
-	if in.store == nil {
-		return nil
+	if in.store == nil || in.store.root.Poisoned() != nil {
+		return in.Close()
 	}
 	err := in.store.root.RemoveAll(layout.IngestPath(in.id))
 	return errors.Join(err, in.Close())

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 	"testing"
 
 	ccontent "github.com/containerd/containerd/v2/core/content"
@@ -15,6 +16,7 @@ import (
 
 	"varve.dev/content"
 	"varve.dev/errdefs"
+	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
 	"varve.dev/layout"
 )
@@ -173,5 +175,73 @@ func TestDamagedBlobIsNeverServed(t *testing.T) {
 	_, err = o.Blobs.ReaderAt(t.Context(), ocispec.Descriptor{Digest: d.Digest()})
 	if c := errdefs.AsCorrupt(err); c == nil || c.Invariant != "B1" {
 		t.Errorf("missing blob: %v, want Corrupt B1", err)
+	}
+}
+
+// What an earlier writer left is taken up from the disk, not from the page
+// cache: after a sync that failed the two differ, and nothing tells.
+func TestResumeReadsTheDisk(t *testing.T) {
+	disk := testkit.Ext4(t, 64)
+	o, err := teststore.Open(t.Context(), filepath.Join(disk.Dir, "store"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := bytes.Repeat([]byte("what was written"), 1<<14)
+	first, err := o.Blobs.OpenIngest(t.Context(), "ref", "", 0)
+	if err == nil {
+		_, err = first.Write(data)
+	}
+	if err := errors.Join(err, first.Close()); err != nil {
+		t.Fatal(err)
+	}
+	disk.Spoil(t, data[:4096])
+	second, err := o.Blobs.OpenIngest(t.Context(), "ref", "", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if second.Digest() == layout.BlobDigest(digest.FromBytes(data)) {
+		t.Error("what the disk does not have is taken up")
+	}
+	if err := errors.Join(second.Discard(), o.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+// What nobody can go on with is gone when the store is opened again: a private
+// ingest, and one whose data were published when the power went.
+func TestIngestsThatNobodyGoesOnWith(t *testing.T) {
+	dir := t.TempDir()
+	o, err := teststore.Open(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := func(in *content.Ingest, err error) {
+		t.Helper()
+		if err == nil {
+			_, err = in.Write([]byte("half of it"))
+		}
+		if err := errors.Join(err, in.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begin(o.Blobs.NewIngest(t.Context(), "load", ""))
+	begin(o.Blobs.OpenIngest(t.Context(), "published", "", 0))
+	begin(o.Blobs.OpenIngest(t.Context(), "shared", "", 0))
+	data := filepath.Join(layout.IngestPath(layout.IngestFor("published")), layout.IngestData)
+	if err := errors.Join(o.Root.Remove(data), o.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	left, err := o.Blobs.ListStatuses(t.Context())
+	if err != nil || len(left) != 1 || left[0].Ref != "shared" {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if entries, err := os.ReadDir(filepath.Join(dir, layout.IngestDir)); err != nil || len(entries) != 1 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+	if err := o.End(); err != nil {
+		t.Error(err)
 	}
 }

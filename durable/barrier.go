@@ -123,7 +123,7 @@ func (b *Barrier) Abandon() {
 
 // Wait returns nil when the contents of every added file, and every name and
 // attribute that was made on this file system before the call, are durable.
-// Any error poisons the root. covers names the trees and files that the caller
+// The failure of a sync poisons the root. covers names the trees and files that the caller
 // counts on, for the observer.
 func (b *Barrier) Wait(covers ...string) error {
 	if err := b.root.Poisoned(); err != nil {
@@ -134,7 +134,7 @@ func (b *Barrier) Wait(covers ...string) error {
 		return err
 	}
 	if err := b.root.flush(); err != nil {
-		return b.fail(MarkerName, err)
+		return err
 	}
 	b.root.observeCovered(OpBarrier, covers)
 	return nil
@@ -151,7 +151,8 @@ func (r *Root) observeCovered(kind OpKind, names []string) {
 const fewDirs = 3
 
 // SyncNames makes the names in all of the directories durable, with a number of
-// flushes that does not grow with theirs. A failure poisons the root.
+// flushes that does not grow with theirs. The failure of a sync poisons the
+// root.
 func (r *Root) SyncNames(rels ...string) error {
 	if len(rels) < 2 || !r.ordered() && len(rels) <= fewDirs {
 		return r.SyncDirs(rels...)
@@ -160,7 +161,7 @@ func (r *Root) SyncNames(rels ...string) error {
 		return err
 	}
 	if err := r.flush(); err != nil {
-		return r.failedSync(MarkerName, err)
+		return err
 	}
 	r.observeCovered(OpSyncDir, rels)
 	return nil
@@ -171,7 +172,10 @@ func (r *Root) flush() error {
 	if r.ordered() {
 		return r.forceJournal()
 	}
-	return unix.Syncfs(int(r.dir.Fd()))
+	if err := unix.Syncfs(int(r.dir.Fd())); err != nil {
+		return r.failedSync(r.path, err)
+	}
+	return nil
 }
 
 // ordered tells whether the root is on a file system for which the cheap
@@ -184,15 +188,28 @@ func (r *Root) ordered() bool {
 	return false
 }
 
-// forceJournal dirties the marker and fsyncs it.
+// forceJournal dirties the marker and fsyncs it. A marker that cannot be
+// written, on a full disk, is no failed sync: nothing that was written before is
+// in doubt.
 func (r *Root) forceJournal() error {
 	r.marker.Lock()
 	defer r.marker.Unlock()
 	f, err := os.OpenFile(r.Path(MarkerName), os.O_WRONLY|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return err
+		return kinded("marker", err)
 	}
 	defer f.Close()
+	if err := touch(f); err != nil {
+		return kinded("marker", err)
+	}
+	if err := f.Sync(); err != nil {
+		return r.failedSync(f.Name(), err)
+	}
+	return nil
+}
+
+// touch changes the marker, and keeps it small.
+func touch(f *os.File) error {
 	// An fsync of a clean file would force nothing. A byte that is written
 	// again with the same value still dirties page and time; the size goes
 	// up and down so that the inode changes within one clock tick too.
@@ -206,8 +223,6 @@ func (r *Root) forceJournal() error {
 		}
 		size = 0
 	}
-	if _, err := f.WriteAt([]byte{'.'}, size); err != nil {
-		return err
-	}
-	return f.Sync()
+	_, err = f.WriteAt([]byte{'.'}, size)
+	return err
 }

@@ -96,7 +96,7 @@ func (f *File) Sync() error {
 		return err
 	}
 	if err := f.f.Sync(); err != nil {
-		return f.root.failedSync(f.rel, err)
+		return f.root.failedSync(f.f.Name(), err)
 	}
 	f.root.observe(Op{Kind: OpSync, Path: f.rel})
 	return nil
@@ -131,6 +131,16 @@ func (f *File) ModTime() (time.Time, error) {
 		return time.Time{}, kinded("stat", err)
 	}
 	return fi.ModTime(), nil
+}
+
+// Forget lets go of what the page cache has of the file and the kernel has
+// written back: later reads are from the disk. Of what a write-back that failed
+// could not write, the page cache would go on to show what was never there.
+func (f *File) Forget() error {
+	if err := unix.Fadvise(int(f.f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return kinded("forget "+f.rel, err)
+	}
+	return nil
 }
 
 // Close closes the file without syncing it.

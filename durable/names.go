@@ -108,7 +108,7 @@ func (r *Root) SyncDirs(rels ...string) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return kinded("sync directory", err)
 			}
-			return r.failedSync(rel, err)
+			return r.failedSync(r.Path(rel), err)
 		}
 		r.observe(Op{Kind: OpSyncDir, Path: rel})
 	}

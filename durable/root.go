@@ -99,14 +99,27 @@ func (r *Root) may(names ...string) error {
 }
 
 // failedSync poisons the root and returns the error to hand on.
-func (r *Root) failedSync(what string, err error) error {
-	err = fmt.Errorf("sync %s: %w", r.Path(what), err)
+func (r *Root) failedSync(path string, err error) error {
+	err = fmt.Errorf("sync %s: %w", path, bare(err))
 	r.Poison(err)
 	return fmt.Errorf("%w: %w", err, errdefs.ErrPoisoned)
 }
 
-// kinded gives an operating system error the kind that callers test for.
+// bare takes the name of call and file off an error: they are said already.
+func bare(err error) error {
+	var call *fs.PathError
+	if errors.As(err, &call) {
+		return call.Err
+	}
+	return err
+}
+
+// kinded gives an operating system error the kind that callers test for; one
+// that has a kind keeps it.
 func kinded(what string, err error) error {
+	if errdefs.Has(err) {
+		return fmt.Errorf("%s: %w", what, err)
+	}
 	var kind error = errdefs.ErrUnknown
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

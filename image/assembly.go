@@ -32,9 +32,8 @@ type assembly struct {
 	order   []digest.Digest                   // of fresh
 	origin  string                            // repository that served the blobs, or ""
 
-	unpackings  []*unpacked
-	refs        string // what the references of its ingests begin with
-	keepNothing bool   // abandon leaves no ingest for a next try
+	unpackings []*unpacked
+	private    bool // its ingests are no other's to go on with
 
 	mu   sync.Mutex
 	left []digest.Digest // blobs with an unfinished ingest, kept for a next try
@@ -54,7 +53,7 @@ func (s *Store) assemble(ctx context.Context, purpose, origin string, blobs []di
 		return nil, fmt.Errorf("%s: %w", purpose, err)
 	}
 	a := &assembly{
-		store: s, purpose: purpose, origin: origin, refs: sharedRefs, endTurn: end, lease: s.db.NewLease(purpose),
+		store: s, purpose: purpose, origin: origin, endTurn: end, lease: s.db.NewLease(purpose),
 		barrier: s.root.NewBarrier(), found: map[digest.Digest]bool{}, fresh: map[digest.Digest]*content.Ingest{},
 	}
 	if len(blobs) > 0 {
@@ -93,13 +92,16 @@ func (a *assembly) hold(ctx context.Context, blobs []digest.Digest) error {
 // has tells whether the blob is in the store or among what is new.
 func (a *assembly) has(d digest.Digest) bool { return a.found[d] || a.fresh[d] != nil }
 
-// sharedRefs begins the reference of a blob's ingest where every pull of the
-// blob, from wherever, goes on with what the last one left.
-const sharedRefs = "blob-"
+// sharedRef is the reference of a blob's ingest: every pull of the blob, from
+// wherever, goes on with what the last one left.
+func sharedRef(d digest.Digest) string { return "blob-" + d.String() }
 
 // open starts or takes up the blob's ingest.
 func (a *assembly) open(ctx context.Context, desc ocispec.Descriptor) (*content.Ingest, error) {
-	in, err := a.store.blobs.OpenIngest(ctx, a.refs+desc.Digest.String(), layout.BlobDigest(desc.Digest), desc.Size)
+	if a.private {
+		return a.store.blobs.NewIngest(ctx, "load", layout.BlobDigest(desc.Digest))
+	}
+	in, err := a.store.blobs.OpenIngest(ctx, sharedRef(desc.Digest), layout.BlobDigest(desc.Digest), desc.Size)
 	if err != nil {
 		return nil, err
 	}
@@ -127,16 +129,17 @@ func (a *assembly) addSmall(ctx context.Context, desc ocispec.Descriptor, data [
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(in.Truncate(ctx, 0), write(in, data), in.Verify(desc.Size, layout.BlobDigest(desc.Digest))); err != nil {
-		return errors.Join(err, in.Discard())
+	if err = in.Truncate(ctx, 0); err == nil {
+		_, err = in.Write(data)
+	}
+	if err == nil {
+		err = in.Verify(desc.Size, layout.BlobDigest(desc.Digest))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("blob %s: %w", desc.Digest, err), in.Discard())
 	}
 	a.add(desc.Digest, in)
 	return nil
-}
-
-func write(w io.Writer, data []byte) error {
-	_, err := w.Write(data)
-	return err
 }
 
 // reader opens a blob of the store or of what is new.
@@ -202,12 +205,12 @@ func (a *assembly) abandon(err error) error {
 	a.barrier.Abandon()
 	if errors.Is(err, errdefs.ErrResourceExhausted) {
 		for _, d := range a.left {
-			if aerr := a.store.blobs.Abort(context.Background(), a.refs+d.String()); !errors.Is(aerr, errdefs.ErrNotFound) {
+			if aerr := a.store.blobs.Abort(context.Background(), sharedRef(d)); !errors.Is(aerr, errdefs.ErrNotFound) {
 				err = errors.Join(err, aerr)
 			}
 		}
 	}
-	keep := !a.keepNothing && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned)))
+	keep := !a.private && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned)))
 	for _, d := range a.order {
 		in := a.fresh[d]
 		if !keep || in.Size() <= maxSmall {

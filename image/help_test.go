@@ -26,7 +26,7 @@ func readFile(t *testing.T, path string, v any) {
 // flipIngest changes the first byte of what an ingest holds.
 func flipIngest(t *testing.T, o *opened, d digest.Digest) {
 	t.Helper()
-	path := o.root.Path(filepath.Join(layout.IngestPath(layout.IngestFor(sharedRefs+d.String())), layout.IngestData))
+	path := o.root.Path(filepath.Join(layout.IngestPath(layout.IngestFor(sharedRef(d))), layout.IngestData))
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -66,8 +66,10 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 		return Pulled{}, fmt.Errorf("pull %s: %w", ref.Familiar(), err)
 	}
 	done := Pulled{Name: ref.String(), Target: target}
-	if whole, err := s.isWhole(ctx, ref.String(), p); err != nil || whole {
+	if whole, err := s.isWhole(ctx, ref.String(), p); err != nil {
 		return done, err
+	} else if whole {
+		return done, s.db.Settle(ctx)
 	}
 	done.Fresh = true
 	a, err := s.assemble(ctx, "pull "+ref.Familiar(), ref.Repository(), p.blobs())

@@ -67,9 +67,6 @@ func Open(ctx context.Context, root *durable.Root, db *metadata.DB) (*Journal, R
 	if err != nil {
 		return nil, found, fmt.Errorf("recover store %s: %w", root.Path("."), err)
 	}
-	if err := root.MkdirAll(j.stagingDir(), 0o700); err != nil {
-		return nil, found, err
-	}
 	sweepCtx, cancel := context.WithCancel(context.Background())
 	j.stop = cancel
 	j.stopped.Add(1)
@@ -98,7 +95,16 @@ func (j *Journal) Close() error {
 func (j *Journal) NewStaging() (layout.LayerID, string, error) {
 	id := layout.LayerID(layout.NewID())
 	rel := layout.StagingPath(j.boot, id)
-	if err := j.root.Mkdir(rel, 0o711); err != nil {
+	err := j.root.Mkdir(rel, 0o711)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		// The first of this boot. Not made when the store is opened: a full
+		// disk has no room for it, and a removal needs none. Its name becomes
+		// durable with what is in it.
+		if err = j.root.Mkdir(j.stagingDir(), 0o700); err == nil || errors.Is(err, errdefs.ErrAlreadyExists) {
+			err = j.root.Mkdir(rel, 0o711)
+		}
+	}
+	if err != nil {
 		return "", "", fmt.Errorf("staging: %w", err)
 	}
 	return id, rel, nil

@@ -76,7 +76,7 @@ func (j *Journal) intend(ctx context.Context, id layout.IntentID, in layout.Inte
 			if busy, err = takeBack(tx, in.Blobs); err != nil || busy {
 				return err
 			}
-			if err := checkEdges(tx, in); err != nil {
+			if err := hold(tx, id, in); err != nil {
 				return err
 			}
 			return tx.Intents().Put(id, in)
@@ -126,20 +126,29 @@ func takeBack(tx *metadata.Tx, blobs []layout.BlobMove) (busy bool, err error) {
 	return false, nil
 }
 
-// checkEdges refuses an intent that refers to what is neither there nor part
-// of it: its lease was lost.
-func checkEdges(tx *metadata.Tx, in layout.IntentRecord) error {
-	own := map[layout.Node]bool{}
-	for _, m := range in.Blobs {
-		own[layout.BlobNode(m.Digest)] = true
-	}
+// hold keeps what the intent needs and what it takes over until it is carried
+// out, whatever becomes of the leases of who wrote it. It refuses an intent that
+// refers to what is neither there nor part of it: its lease was lost.
+func hold(tx *metadata.Tx, id layout.IntentID, in layout.IntentRecord) error {
+	nodes := needs(in)
 	for _, m := range in.Layers {
-		own[layout.LayerNode(m.ID)] = true
+		if n, ok := m.Taken(); ok {
+			nodes = append(nodes, n)
+		}
 	}
-	for _, m := range in.Snapshots {
-		own[layout.SnapshotNode(m.Key)] = true
+	for _, n := range nodes {
+		if !tx.Exists(n) {
+			return fmt.Errorf("%s is needed and not in the store: %w", n, errdefs.ErrNotFound)
+		}
+		if err := tx.Link(layout.Edge{Parent: layout.IntentNode(id), Rel: layout.RelHolds, Child: n}); err != nil {
+			return err
+		}
 	}
-	need := []layout.Node{}
+	return nil
+}
+
+// needs are what an intent refers to and does not bring.
+func needs(in layout.IntentRecord) (need []layout.Node) {
 	for _, e := range in.Edges {
 		need = append(need, e.Child)
 	}
@@ -157,12 +166,17 @@ func checkEdges(tx *metadata.Tx, in layout.IntentRecord) error {
 			need = append(need, layout.SnapshotNode(s))
 		}
 	}
-	for _, n := range need {
-		if !own[n] && !tx.Exists(n) {
-			return fmt.Errorf("%s is needed and not in the store: %w", n, errdefs.ErrNotFound)
-		}
+	own := map[layout.Node]bool{}
+	for _, m := range in.Blobs {
+		own[layout.BlobNode(m.Digest)] = true
 	}
-	return nil
+	for _, m := range in.Layers {
+		own[layout.LayerNode(m.ID)] = true
+	}
+	for _, m := range in.Snapshots {
+		own[layout.SnapshotNode(m.Key)] = true
+	}
+	return slices.DeleteFunc(need, func(n layout.Node) bool { return own[n] })
 }
 
 // carryOut does what the recorded intent says. Every step may have been done

@@ -24,7 +24,7 @@ type Recovery struct {
 	Discarded int      // trees in staging that nobody had finished
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
-	Torn      int      // unfinished blobs that a power cut left without their description
+	Ingests   int      // unfinished blobs that nobody can go on with
 	// Adopted are directories in active and containers that no record names
 	// and that hold something. They stay.
 	Adopted []string
@@ -38,7 +38,7 @@ type Recovery struct {
 func (j *Journal) recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	for _, step := range []func(context.Context, *Recovery) error{
-		j.finishIntents, j.emptyStaging, j.checkActive, j.checkContainers, j.dropTornIngests, j.emptyTrash, j.endLeases,
+		j.finishIntents, j.emptyStaging, j.checkActive, j.checkContainers, j.dropIngests, j.emptyTrash, j.endLeases,
 	} {
 		if err := step(ctx, &found); err != nil {
 			return found, err
@@ -213,28 +213,41 @@ func neverStarted(dir string) bool {
 	})
 }
 
-// dropTornIngests removes the unfinished blobs that nobody can take up: an
-// ingest's description is not synced when it is written.
-func (j *Journal) dropTornIngests(_ context.Context, found *Recovery) error {
+// dropIngests removes the unfinished blobs that nobody can go on with.
+func (j *Journal) dropIngests(_ context.Context, found *Recovery) error {
 	ingests, err := os.ReadDir(j.root.Path(layout.IngestDir))
 	if err != nil {
 		return missing(err)
 	}
 	for _, e := range ingests {
 		rel := layout.IngestPath(layout.IngestID(e.Name()))
-		info, err := os.ReadFile(j.root.Path(path.Join(rel, layout.IngestInfo)))
-		if err == nil && json.Unmarshal(info, new(layout.IngestRecord)) == nil {
-			continue
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		resumable, err := j.isResumable(rel)
+		if err != nil {
 			return fmt.Errorf("ingest %s: %w: %w", e.Name(), err, errdefs.ErrUnavailable)
+		}
+		if resumable {
+			continue
 		}
 		if err := j.root.RemoveAll(rel); err != nil {
 			return err
 		}
-		found.Torn++
+		found.Ingests++
 	}
 	return nil
+}
+
+// isResumable tells whether an ingest has data and a description, which may
+// have been lost together, and may be gone on with by another process.
+func (j *Journal) isResumable(rel string) (bool, error) {
+	data, err := os.ReadFile(j.root.Path(path.Join(rel, layout.IngestInfo)))
+	if err == nil {
+		_, err = os.Lstat(j.root.Path(path.Join(rel, layout.IngestData)))
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	var info layout.IngestRecord
+	return err == nil && json.Unmarshal(data, &info) == nil && !info.Private, err
 }
 
 // emptyTrash deletes what has no row. What has one is the sweeper's.

@@ -148,14 +148,16 @@ type CacheRecord struct {
 }
 
 // IngestRecord is the file [IngestInfo] of an unfinished blob. It is synced
-// with the data, from time to time: recovery drops an ingest without it, or with a torn one, and its
-// download starts again.
+// with the data, from time to time: recovery drops an ingest without it, or
+// with a torn one, and its download starts again. It drops one that is Private,
+// too: nobody else goes on with it than the process that made it.
 type IngestRecord struct {
 	Ref      string            `json:"ref"`
 	Expected BlobDigest        `json:"expected,omitempty"`
 	Total    int64             `json:"total,omitempty"` // bytes; 0 when unknown
 	Started  time.Time         `json:"started"`
 	Labels   map[string]string `json:"labels,omitempty"`
+	Private  bool              `json:"private,omitempty"`
 }
 
 // IntentRecord is a publication that is decided and may be half carried out.
@@ -186,6 +188,11 @@ type LayerMove struct {
 	ID     LayerID     `json:"id"`
 	From   string      `json:"from"`
 	Record LayerRecord `json:"record"`
+}
+
+// Taken returns the writable layer whose directory From is, if it is one.
+func (m LayerMove) Taken() (Node, bool) {
+	return ActiveNode(m.ID), m.From == ActivePath(m.ID)
 }
 
 // SnapshotMake records a snapshot.

@@ -70,7 +70,7 @@ func Transitions() []Transition {
 		{"T-C2", "create", "directories, a database under its temporary name", Back, "the temporary database is removed and made again", PointCreateDatabase},
 		{"T-C3", "create", "the database under its name", Stay, "none", PointCreatePublished},
 
-		{"T-N1", "ingest", "ingest/<id> without info, or with a torn one", Back, "it is removed", PointIngestOpened},
+		{"T-N1", "ingest", "ingest/<id> that nobody can go on with: without info or data, with a torn info, or private", Back, "it is removed", PointIngestOpened},
 		{"T-N2", "ingest", "ingest/<id> with some of the data", Resume, "the next writer hashes what is there and goes on behind it", PointIngestPartial},
 		{"T-N3", "ingest", "ingest/<id> with all of the data, verified, no intent", Resume, "as T-N2; nothing is left to fetch", PointIngestWhole},
 

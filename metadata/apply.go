@@ -27,7 +27,7 @@ func (tx *Tx) Apply(id layout.IntentID, in layout.IntentRecord) error {
 		func() error { return tx.linkAll(in.Edges) },
 		func() error { return tx.applyCache(in.Cache) },
 		func() error { return tx.applyImages(in.Images) },
-		func() error { return tx.Drop(layout.IntentNode(id)) },
+		func() error { return tx.letGo(id, in) },
 		func() error { return tx.collectUnused(in) },
 	}
 	for _, step := range steps {
@@ -165,8 +165,27 @@ func (tx *Tx) forgetActive(key layout.SnapshotKey) error {
 	return tx.Snapshots().Delete(key)
 }
 
+// letGo drops the intent. The directories of writable layers that it took over
+// have become layers, and are not swept.
+func (tx *Tx) letGo(id layout.IntentID, in layout.IntentRecord) error {
+	node := layout.IntentNode(id)
+	for _, m := range in.Layers {
+		if taken, ok := m.Taken(); ok {
+			if err := tx.cut(layout.Edge{Parent: node, Rel: layout.RelHolds, Child: taken}); err != nil {
+				return err
+			}
+		}
+	}
+	return tx.Drop(node)
+}
+
+// linkAll stores edges. Whoever was to hold something may be gone by the time
+// that an intent is carried out: the lease of a command that failed.
 func (tx *Tx) linkAll(edges []layout.Edge) error {
 	for _, e := range edges {
+		if !tx.Exists(e.Parent) {
+			continue
+		}
 		if err := tx.Link(e); err != nil {
 			return err
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -17,7 +18,7 @@ import (
 
 // update is one caller's wish in the queue of the commit loop.
 type update struct {
-	fn   func(*Tx) error
+	fn   func(*Tx) error // nil: only the turn
 	err  error
 	done chan struct{}
 }
@@ -31,6 +32,16 @@ const maxGroup = 256
 // it computed in an earlier run, and does no I/O. ctx is looked at before the
 // update is queued, not after: from then on it is carried out.
 func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
+	return db.inTurn(ctx, fn)
+}
+
+// Settle returns nil when everything that a View has shown is durable: a commit
+// shows before its last sync is done. It is for whoever acknowledges something
+// because it is there already.
+func (db *DB) Settle(ctx context.Context) error { return db.inTurn(ctx, nil) }
+
+// inTurn waits for the commit with fn, or for nil, of all before it.
+func (db *DB) inTurn(ctx context.Context, fn func(*Tx) error) error {
 	if broken := db.broken.Load(); broken != nil {
 		return *broken
 	}
@@ -99,11 +110,17 @@ func (db *DB) commitGroup(group []*update) {
 // an update that failed, or -1 and what became of all of them.
 func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	failed = -1
+	if !slices.ContainsFunc(group, func(u *update) bool { return u.fn != nil }) {
+		return failed, nil
+	}
 	var line []byte
 	err = db.guard(func() error {
 		return db.bolt.Update(func(btx *bolt.Tx) error {
 			tx := &Tx{bolt: btx, changes: new([]layout.Change)}
 			for i, u := range group {
+				if u.fn == nil {
+					continue
+				}
 				if err := protect(func() error { return u.fn(tx) }); err != nil {
 					failed = i
 					return err
@@ -131,13 +148,24 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 // knows what the disk holds.
 func (db *DB) commitFailed(err error) error {
 	if noSpace(err) {
-		return fmt.Errorf("commit to %s: %w: %w", db.path, err, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("commit to %s: %w: %w", db.path, bare(err), errdefs.ErrResourceExhausted)
 	}
-	db.root.Poison(fmt.Errorf("commit to %s: %w", db.path, err))
+	db.doubt.Store(true)
+	db.root.Poison(fmt.Errorf("commit to %s: %w", db.path, bare(err)))
 	if errdefs.AsCorrupt(err) != nil {
 		return err
 	}
 	return db.root.Poisoned()
+}
+
+// bare takes the file's name off an error of bbolt: its file has the name that
+// it was made under.
+func bare(err error) error {
+	var call *fs.PathError
+	if errors.As(err, &call) {
+		return fmt.Errorf("%s: %w", call.Op, call.Err)
+	}
+	return err
 }
 
 // noSpace tells whether a write or a change of length found the disk full. The

@@ -16,6 +16,7 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
 
@@ -131,6 +132,33 @@ func TestUpdateContext(t *testing.T) {
 	}
 }
 
+// Settle waits for the commit under way, and makes none.
+func TestSettle(t *testing.T) {
+	db := openDB(t, t.TempDir())
+	must(t, db.Settle(t.Context()))
+	if n, _ := db.Commits(); n != 0 {
+		t.Errorf("%d commits", n)
+	}
+	began, goOn, settled := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	var once sync.Once
+	go func() {
+		_ = db.Update(t.Context(), func(*Tx) error {
+			once.Do(func() { close(began) })
+			<-goOn
+			return nil
+		})
+	}()
+	<-began
+	go func() { settled <- db.Settle(t.Context()) }()
+	select {
+	case err := <-settled:
+		t.Errorf("it did not wait for the commit: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(goOn)
+	must(t, <-settled)
+}
+
 // A commit that cannot reach the disk poisons the root, and nothing is
 // acknowledged any more.
 func TestFailedCommitPoisons(t *testing.T) {
@@ -155,6 +183,14 @@ func TestFailedCommitPoisons(t *testing.T) {
 	if err := root.WriteFile("x", nil, 0o600); !errors.Is(err, errdefs.ErrPoisoned) {
 		t.Errorf("write to the root: %v", err)
 	}
+	// What failed may show all the same, and be on no disk.
+	for what, err := range map[string]error{
+		"view": db.View(t.Context(), func(*Tx) error { return nil }), "settle": db.Settle(t.Context()),
+	} {
+		if !errors.Is(err, errdefs.ErrPoisoned) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
 	db.Close()
 	checkFile(t, filepath.Join(dir, layout.DatabaseFile))
 	db = openDB(t, dir)
@@ -164,6 +200,43 @@ func TestFailedCommitPoisons(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// After a failed sync the page cache may have what no disk has. Whoever opens
+// the database next sees the disk: here it lacks the newest meta page.
+func TestPoisonedLeavesNothingInTheCache(t *testing.T) {
+	for _, poisoned := range []bool{false, true} {
+		disk := testkit.Ext4(t, 32)
+		root := openRoot(t, disk.Dir)
+		db, err := Open(root, Options{})
+		must(t, err)
+		for i := range 3 {
+			must(t, db.Update(t.Context(), func(tx *Tx) error { return tx.Blobs().Put(digestOf(i), layout.BlobRecord{}) }))
+		}
+		page := make([]byte, os.Getpagesize())
+		_, err = db.file.ReadAt(page, newestMetaPage(t, db.file))
+		must(t, err)
+		disk.Spoil(t, page)
+		if poisoned {
+			root.Poison(errors.New("the disk said no"))
+		}
+		must(t, db.Close())
+		must(t, root.Close())
+		db, err = Open(openRoot(t, disk.Dir), Options{})
+		if err == nil {
+			must(t, db.Close())
+		}
+		if seen := errdefs.AsCorrupt(err) != nil; seen != poisoned {
+			t.Errorf("poisoned: %t; the disk is seen: %t (%v)", poisoned, seen, err)
+		}
+	}
+}
+
+func newestMetaPage(t *testing.T, f *os.File) int64 {
+	t.Helper()
+	m, err := (&pageChecker{file: f}).newestMeta()
+	must(t, err)
+	return int64(m.txid%2) * int64(m.pageSize)
 }
 
 // A full disk refuses an update with ErrResourceExhausted, keeps what was

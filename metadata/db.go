@@ -11,6 +11,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
@@ -27,6 +28,7 @@ type DB struct {
 	bolt    *bolt.DB
 	file    *os.File // bbolt's own
 	broken  atomic.Pointer[error]
+	doubt   atomic.Bool // a commit failed: it may show in the file, and be on no disk
 	meta    layout.MetaRecord
 	queue   chan *update
 	closing chan struct{}
@@ -132,15 +134,36 @@ func (db *DB) shut() error {
 		unlock(db.file)
 		return nil
 	}
+	if db.root.Poisoned() != nil {
+		return db.shutForgetting()
+	}
 	return db.bolt.Close()
+}
+
+// shutForgetting closes bbolt and empties the page cache of its file. A sync
+// that failed has left pages there that no disk has and nobody will write; the
+// next owner is to see what the disk has.
+func (db *DB) shutForgetting() error {
+	// The second descriptor keeps the lock meanwhile.
+	fd, err := unix.FcntlInt(db.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return errors.Join(err, db.bolt.Close())
+	}
+	defer unix.Close(fd)
+	return errors.Join(db.bolt.Close(), unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED))
 }
 
 // View runs fn in a read-only transaction on the last committed state. What
 // fn gets from the transaction is its own to keep. Errors: those of fn;
-// Corrupt for damage that bbolt or Go ran into.
+// Corrupt for damage that bbolt or Go ran into; ErrPoisoned after a commit that
+// failed, which may show in the file and be on no disk: "it is there already"
+// would be an acknowledgement, too.
 func (db *DB) View(ctx context.Context, fn func(*Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if db.doubt.Load() {
+		return db.root.Poisoned()
 	}
 	defer faulting()()
 	return db.suspect(db.guard(func() error {

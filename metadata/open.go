@@ -61,6 +61,10 @@ func unlock(f *os.File) {
 	_ = f.Close()
 }
 
+// firstLength is how long a database is at least, most of it a hole at first: it
+// has room for an image of twenty layers.
+const firstLength = 256 << 10
+
 // openBolt opens the file with the settings that every open of it must share.
 func openBolt(path string, wait time.Duration, ready func(*os.File) error) (b *bolt.DB, file *os.File, err error) {
 	defer func() {
@@ -82,6 +86,9 @@ func openBolt(path string, wait time.Duration, ready func(*os.File) error) (b *b
 		FreelistType: bolt.FreelistMapType,
 		// Counting costs every transaction a lock that all share.
 		NoStatistics: true,
+		// The file is as long as the map, and each time that it grows is a
+		// flush more for the commit that needs it.
+		InitialMmapSize: firstLength,
 	})
 	return b, file, openError(path, err)
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -132,7 +133,11 @@ func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer)
 	defer ours.Close()
 	cmd := command(x.Shim, dir, "--lifeline")
 	cmd.ExtraFiles = []*os.File{lifeline}
-	cmd.Stdout, cmd.Stderr = stdout, stderr
+	last := &lastWords{to: stderr}
+	cmd.Stdout, cmd.Stderr = stdout, last
+	if stdout == stderr {
+		cmd.Stdout = last // one stream stays one
+	}
 	cmd.SysProcAttr.Setsid = true // a terminal's signals are the build's, not the step's
 	err = cmd.Start()
 	lifeline.Close()
@@ -144,12 +149,38 @@ func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer)
 		time.AfterFunc(killWait, func() { _ = cmd.Process.Kill() })
 	})
 	defer stop()
-	_, err = exitCode(cmd, cmd.Wait())
+	code, err := exitCode(cmd, cmd.Wait())
 	if ctx.Err() != nil {
 		return Exit{}, ctx.Err()
 	}
 	if err != nil {
 		return Exit{}, err
 	}
-	return ReadExit(dir)
+	exit, err := ReadExit(dir)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		err = fmt.Errorf("the shim ended with %d and could not record what became of the step: %s: %w", code, last.line(), errdefs.ErrUnavailable)
+	}
+	return exit, err
+}
+
+// lastWords hands a shim's standard error on and keeps its end: what the shim
+// itself says comes after all that its container says.
+type lastWords struct {
+	to  io.Writer
+	end []byte
+}
+
+// maxWords bounds what is kept.
+const maxWords = 4096
+
+func (l *lastWords) Write(p []byte) (int, error) {
+	l.end = append(l.end, p...)
+	l.end = l.end[max(0, len(l.end)-maxWords):]
+	return l.to.Write(p)
+}
+
+// line is the last line.
+func (l *lastWords) line() string {
+	text := strings.TrimSpace(string(l.end))
+	return text[strings.LastIndexByte(text, '\n')+1:]
 }

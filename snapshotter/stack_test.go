@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -183,46 +184,81 @@ func TestCommitDropsNeedlessOpaques(t *testing.T) {
 }
 
 // A publication that fails when its intent is recorded leaves its files to the
-// journal: the next opening finishes it.
+// journal, and what it stands on, whatever its caller does: the next opening
+// finishes it.
 func TestCommitThatFailsHalfWay(t *testing.T) {
 	testkit.NeedRoot(t)
-	dir := t.TempDir()
-	o, err := teststore.Open(t.Context(), dir)
+	for _, giveUp := range []bool{false, true} {
+		dir := t.TempDir()
+		o, err := teststore.Open(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lease := o.DB.NewLease("a build")
+		if err := lease.Make(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		written(t, o, lease.Node(), "active", "", "below")
+		if err := o.Snaps.CommitFor(t.Context(), lease.Node(), "base", "active", nil); err != nil {
+			t.Fatal(err)
+		}
+		written(t, o, lease.Node(), "active", "base", "f")
+		withoutBlobs(t, dir, func() {
+			err := o.Snaps.CommitFor(t.Context(), lease.Node(), "committed", "active", func(in *layout.IntentRecord) {
+				now := time.Now().UTC()
+				in.Cache = []layout.CacheMake{{Key: "step", Record: layout.CacheRecord{
+					Snapshots: []layout.SnapshotKey{"committed"}, Created: now, LastUse: now,
+				}}}
+			})
+			if !errors.Is(err, journal.ErrIntended) {
+				t.Errorf("commit without a place for blobs: %v", err)
+			}
+		})
+		if giveUp {
+			if err := errors.Join(o.Snaps.RemoveFor(t.Context(), lease.Node(), "active"), lease.Release(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := o.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if o, err = teststore.Open(t.Context(), dir); err != nil {
+			t.Fatalf("given up: %t: %v", giveUp, err)
+		}
+		if got := contents(t, o, "committed"); !slices.Equal(got, []string{"below=kept", "f=kept"}) {
+			t.Errorf("given up: %t; shown: %v", giveUp, got)
+		}
+		if err := o.End(); err != nil {
+			t.Errorf("given up: %t: %v", giveUp, err)
+		}
+	}
+}
+
+// written makes a writable snapshot with one file.
+func written(t *testing.T, o *teststore.Store, holder layout.Node, key, on layout.SnapshotKey, file string) {
+	t.Helper()
+	if err := o.Snaps.PrepareFor(t.Context(), holder, key, on); err != nil {
+		t.Fatal(err)
+	}
+	tree, err := o.Snaps.Tree(t.Context(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := o.Snaps.PrepareFor(t.Context(), layout.ContainerdNode, "active", ""); err != nil {
+	if err := os.WriteFile(filepath.Join(tree.Upper, file), []byte("kept"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	tree, err := o.Snaps.Tree(t.Context(), "active")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(tree.Upper, "f"), []byte("kept"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+}
+
+// withoutBlobs runs fn while no blob can get its name.
+func withoutBlobs(t *testing.T, dir string, fn func()) {
+	t.Helper()
 	blobs := filepath.Join(dir, "blobs", "sha256")
 	moved := blobs + ".moved"
-	if err := os.Rename(blobs, moved); err != nil {
+	if err := errors.Join(os.Rename(blobs, moved), os.WriteFile(blobs, nil, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(blobs, nil, 0o600); err != nil {
+	fn()
+	if err := errors.Join(os.Remove(blobs), os.Rename(moved, blobs)); err != nil {
 		t.Fatal(err)
-	}
-	err = o.Snaps.Commit(t.Context(), "committed", "active")
-	if !errors.Is(err, journal.ErrIntended) {
-		t.Errorf("commit without a place for blobs: %v", err)
-	}
-	if err := errors.Join(os.Remove(blobs), os.Rename(moved, blobs), o.Close()); err != nil {
-		t.Fatal(err)
-	}
-	if o, err = teststore.Open(t.Context(), dir); err != nil {
-		t.Fatal(err)
-	}
-	if got := contents(t, o, "committed"); !slices.Equal(got, []string{"f=kept"}) {
-		t.Errorf("shown: %v", got)
-	}
-	if err := o.End(); err != nil {
-		t.Error(err)
 	}
 }

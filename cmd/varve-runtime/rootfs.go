@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	securejoin "github.com/cyphar/filepath-securejoin"
+	"golang.org/x/sys/unix"
 
 	"varve.dev/overlay"
 	"varve.dev/runtime"
@@ -94,37 +95,56 @@ func missingTargets(rootfs string, spec *runtime.Spec) []string {
 	return missing
 }
 
-// removeStubs takes the mount targets away again that are still empty.
-func removeStubs(rootfs string, stubs []string) {
+// removeStubs takes the mount targets away again that are still empty: one
+// that stays would be part of a layer.
+func removeStubs(rootfs string, stubs []string) error {
 	root, err := os.OpenRoot(rootfs)
 	if err != nil {
-		return
+		return err
 	}
 	defer root.Close()
 	for _, s := range stubs {
-		removeEmpty(root, s)
+		if err := removeEmpty(root, s); err != nil {
+			return fmt.Errorf("take a mount's target away: %w", err)
+		}
 	}
+	return nil
 }
 
 // removeEmpty removes a file of no length, or a directory that holds nothing
-// but such.
-func removeEmpty(root *os.Root, name string) {
+// but such. What holds more, or is gone, is as it should be.
+func removeEmpty(root *os.Root, name string) error {
 	fi, err := root.Lstat(name)
 	if err != nil {
-		return
+		return unless(err, fs.ErrNotExist)
 	}
 	if fi.IsDir() {
 		f, err := root.Open(name)
 		if err != nil {
-			return
+			return err
 		}
-		entries, _ := f.ReadDir(-1)
+		entries, err := f.ReadDir(-1)
 		f.Close()
+		if err != nil {
+			return err
+		}
 		for _, e := range entries {
-			removeEmpty(root, path.Join(name, e.Name()))
+			if err := removeEmpty(root, path.Join(name, e.Name())); err != nil {
+				return err
+			}
 		}
 	} else if !fi.Mode().IsRegular() || fi.Size() > 0 {
-		return
+		return nil
 	}
-	_ = root.Remove(name) // fails, rightly, for a directory that is not empty
+	return unless(root.Remove(name), unix.ENOTEMPTY, fs.ErrNotExist)
+}
+
+// unless returns err, but for these.
+func unless(err error, fine ...error) error {
+	for _, f := range fine {
+		if errors.Is(err, f) {
+			return nil
+		}
+	}
+	return err
 }

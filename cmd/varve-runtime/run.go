@@ -80,8 +80,7 @@ func runSpec(dir string, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) 
 	if derr := destroy(container); err == nil && derr != nil {
 		err = fmt.Errorf("clean up: %w", derr)
 	}
-	removeStubs(rootfs, stubs)
-	return code, errors.Join(err, os.RemoveAll(filepath.Join(dir, stateDir)))
+	return code, errors.Join(err, removeStubs(rootfs, stubs), os.RemoveAll(filepath.Join(dir, stateDir)))
 }
 
 // start runs the process to its end.

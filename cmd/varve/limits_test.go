@@ -16,29 +16,6 @@ import (
 	"varve.dev/internal/testkit"
 )
 
-// smallDisk mounts an ext4 of so many MiB.
-func smallDisk(t *testing.T, mib int) string {
-	t.Helper()
-	testkit.NeedRoot(t)
-	testkit.Need(t, "mkfs.ext4", "e2fsprogs")
-	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
-	for _, args := range [][]string{
-		{"truncate", "-s", fmt.Sprintf("%dM", mib), file},
-		{"mkfs.ext4", "-q", file},
-		{"mount", "-o", "loop", file, dir},
-	} {
-		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v: %s", args, err, out)
-		}
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
-
 // used returns the bytes and inodes in use on a disk.
 func used(t *testing.T, dir string) (bytes, inodes uint64) {
 	t.Helper()
@@ -49,42 +26,62 @@ func used(t *testing.T, dir string) (bytes, inodes uint64) {
 	return (st.Blocks - st.Bfree) * uint64(st.Bsize), st.Files - st.Ffree
 }
 
-// A disk that is too small for an image: one clear error, everything that was
-// taken is given back, and what fits goes on working.
+// A disk that is too small for an image, by its bytes or by its inodes: one
+// clear error, everything that was taken is given back, and what fits goes on
+// working.
 func TestFullDisk(t *testing.T) {
 	registry := testkit.Registry(t)
 	small := registry.Push(t, testkit.Busybox(t), "small:1")
-	large := registry.Push(t, testkit.Stacked(t, 20, 150), "large:1")
-	h := newHostAt(t, filepath.Join(smallDisk(t, 32), "root"))
-	h.run("pull", small)
-	before, inodes := used(t, h.root)
-	out, code := h.try("pull", large)
-	if code == 0 || !strings.Contains(out, "no space left on device") || !strings.Contains(out, "large:1") {
-		t.Errorf("exit code %d, and the error does not say what and why:\n%s", code, out)
+	many := registry.Push(t, testkit.Stacked(t, 20, 150), "large:1")
+	heavy := registry.Push(t, testkit.Heavy(t, 8, 50), "large:2")
+	const fillBytes = "dd if=/dev/zero of=/large/fill bs=1M"
+	const fillInodes = "i=0; while touch /large/$i; do i=$((i+1)); done; touch /large/more"
+	for _, c := range []struct {
+		name         string
+		mib          int
+		options      []string
+		large, fills string
+	}{
+		{"3,000 files on 32 MiB", 32, nil, many, fillBytes},
+		{"3,000 files on 2,000 inodes", 64, []string{"-N", "2000"}, many, fillInodes},
+		{"400 MiB on 256", 256, nil, heavy, fillBytes},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHostAt(t, filepath.Join(testkit.Ext4(t, c.mib, c.options...).Dir, "root"))
+			h.run("pull", small)
+			before, inodes := used(t, h.root)
+			out, code := h.try("pull", c.large)
+			if code == 0 || !strings.Contains(out, "no space left on device") || !strings.Contains(out, c.large) {
+				t.Errorf("exit code %d, and the error does not say what and why:\n%s", code, out)
+			}
+			if n := strings.Count(out, "no space left"); n != 1 {
+				t.Errorf("it says so %d times:\n%s", n, out)
+			}
+			after, inodesAfter := used(t, h.root)
+			t.Logf("%d KiB and %d inodes before, %d and %d after", before>>10, inodes, after>>10, inodesAfter)
+			if after > before+before/100 || inodesAfter > inodes+inodes/100 {
+				t.Errorf("not given back: %d KiB and %d inodes", (after-before)>>10, inodesAfter-inodes)
+			}
+			out, code = h.try("build", "-t", "built", dockerfile(t, "FROM "+small+"\nRUN mkdir /large && { "+c.fills+"; }\n"))
+			if code == 0 || !strings.Contains(out, "No space left") {
+				t.Errorf("a step that fills the disk: exit code %d\n%s", code, out)
+			}
+			if out := h.run("run", "--rm", small, "echo", "still here"); out != "still here\n" {
+				t.Errorf("run: %q", out)
+			}
+			// With nothing free, too.
+			fill := filepath.Join(filepath.Dir(h.root), "fill")
+			if err := os.Mkdir(fill, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			_ = exec.Command("sh", "-c", strings.ReplaceAll(c.fills, "/large", fill)).Run()
+			h.run("rmi", small)
+			if err := os.RemoveAll(fill); err != nil {
+				t.Fatal(err)
+			}
+			h.run("pull", small)
+		})
 	}
-	if n := strings.Count(out, "no space left"); n != 1 {
-		t.Errorf("it says so %d times:\n%s", n, out)
-	}
-	after, inodesAfter := used(t, h.root)
-	t.Logf("%d KiB and %d inodes before, %d and %d after", before>>10, inodes, after>>10, inodesAfter)
-	if after > before+before/100 || inodesAfter > inodes+inodes/100 {
-		t.Errorf("not given back: %d KiB and %d inodes", (after-before)>>10, inodesAfter-inodes)
-	}
-	out, code = h.try("build", "-t", "built", dockerfile(t, "FROM "+small+"\nRUN dd if=/dev/zero of=/large bs=1M count=40\n"))
-	if code == 0 || !strings.Contains(out, "No space left") {
-		t.Errorf("a step that fills the disk: exit code %d\n%s", code, out)
-	}
-	if out := h.run("run", "--rm", small, "echo", "still here"); out != "still here\n" {
-		t.Errorf("run: %q", out)
-	}
-	// At no byte free, too.
-	fill := filepath.Join(filepath.Dir(h.root), "fill")
-	_ = exec.Command("dd", "if=/dev/zero", "of="+fill, "bs=64k").Run()
-	h.run("rmi", small)
-	if err := os.Remove(fill); err != nil {
-		t.Fatal(err)
-	}
-	h.run("pull", small)
 }
 
 // noOverlay has the test program replace itself by varve, after it has taken

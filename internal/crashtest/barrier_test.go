@@ -15,12 +15,17 @@ import (
 
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
+	"varve.dev/internal/faultcall"
 	"varve.dev/internal/powercut"
 	"varve.dev/internal/testkit"
 )
 
-// barrierPairs is how often each is measured, in turn with the other.
+// barrierPairs is how often each is measured, in turn with the other; PAIRS says
+// otherwise.
 const barrierPairs = 7
+
+// slowFlush is what a flush takes more on a disk that is slow at it.
+const slowFlush = 5 * time.Millisecond
 
 // maxCost is what durability may cost: a quarter of the same pull without.
 const maxCost = 1.25
@@ -41,6 +46,7 @@ func pullTimed(dir string, args []string, mark func(string, ...any)) error {
 	if err != nil {
 		return err
 	}
+	mark(fact + "begins")
 	began := time.Now()
 	_, err = e.Pull(ctx, varve.PullRequest{Reference: args[1] + "/" + args[2], Registry: varve.Registry{PlainHTTP: true}}, nil)
 	took := time.Since(began)
@@ -51,21 +57,35 @@ func pullTimed(dir string, args []string, mark func(string, ...any)) error {
 	return os.RemoveAll(filepath.Join(dir, "store"))
 }
 
-// timedPull runs pullTimed in a worker.
-func (p place) timedPull(t *testing.T, dir, image, skip string) (took time.Duration) {
+// timedPull runs pullTimed in a worker in which the system calls skip do
+// nothing.
+func (p place) timedPull(t *testing.T, dir, image, skip string) time.Duration {
 	t.Helper()
+	took, _ := p.watchedPull(t, dir, image, skip, nil)
+	return took
+}
+
+// watchedPull is timedPull under a watch, and returns what that saw of the pull.
+func (p place) watchedPull(t *testing.T, dir, image, skip string, watch *faultcall.Watch) (took time.Duration, seen []faultcall.Change) {
+	t.Helper()
+	before := 0
 	w := p.worker("pull")
-	w.Skip = skip
+	w.Skip, w.Watch = skip, watch
 	w.Mark = func(line string) {
+		if watch != nil {
+			seen, _ = watch.Seen()
+		}
 		if s, ok := strings.CutPrefix(line, fact+"took "); ok {
 			n, _ := strconv.ParseInt(s, 10, 64)
-			took = time.Duration(n)
+			took, seen = time.Duration(n), seen[before:]
+		} else {
+			before = len(seen)
 		}
 	}
 	if err := w.Run(dir, p.state, p.remote, image); err != nil {
 		t.Fatal(err)
 	}
-	return took
+	return took, seen
 }
 
 // TestBarrierCost pulls an image of 3,000 files with everything synced and
@@ -75,7 +95,7 @@ func TestBarrierCost(t *testing.T) {
 	timings(t)
 	at := newPlace(t, stackedLayers, stackedFiles)
 	for _, kind := range kinds(t) {
-		for _, flush := range []time.Duration{0, 5 * time.Millisecond} {
+		for _, flush := range []time.Duration{0, slowFlush} {
 			t.Run(fmt.Sprintf("%s, a flush takes %v more", kind, flush), func(t *testing.T) {
 				rig := newRig(t)
 				disk, err := rig.Format(kind, diskSize(stackedFiles))
@@ -88,7 +108,7 @@ func TestBarrierCost(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				r := ratios(func() (a, b time.Duration) {
+				r := ratios(t, func() (a, b time.Duration) {
 					return at.timedPull(t, m.Dir, stackedName, ""), at.timedPull(t, m.Dir, stackedName, everySync)
 				})
 				if err := m.Unmount(); err != nil {
@@ -116,16 +136,31 @@ func TestBarrierCostHere(t *testing.T) {
 		if c.image == bigName {
 			at.registry.Push(t, testkit.Big(t), bigName)
 		}
-		at.timedPull(t, dir, c.image, "")
-		r := ratios(func() (a, b time.Duration) {
-			a, b = at.timedPull(t, dir, c.image, ""), at.timedPull(t, dir, c.image, everySync)
-			t.Logf("%v with syncs, %v without", a, b)
-			return a, b
-		})
-		t.Logf("%s, with syncs / without: %s", c.what, r)
-		if r.median() > maxCost {
-			t.Errorf("durability costs %s of a pull", r)
+		at.timedPull(t, dir, c.image, "") // warms what the first one warms
+		for _, flush := range []time.Duration{0, slowFlush} {
+			t.Run(fmt.Sprintf("%s, a flush takes %v more", c.what, flush), func(t *testing.T) {
+				at.barrierCost(t, dir, c.image, flush)
+			})
 		}
+	}
+}
+
+// barrierCost measures both sides under the same watch, which stops at flushes
+// and at nothing else.
+func (p place) barrierCost(t *testing.T, dir, image string, flush time.Duration) {
+	pull := func(skip string) (time.Duration, []faultcall.Change) {
+		watch := faultcall.New(faultcall.Plan{Below: []string{dir}, Calls: faultcall.Flushes(), Delay: flush})
+		return p.watchedPull(t, dir, image, skip, watch)
+	}
+	r := ratios(t, func() (a, b time.Duration) {
+		a, flushes := pull("")
+		b, _ = pull(everySync)
+		t.Logf("%v with %d flushes, %v without", a, len(flushes), b)
+		return a, b
+	})
+	t.Logf("with syncs / without: %s", r)
+	if r.median() > maxCost {
+		t.Errorf("durability costs %s of a pull", r)
 	}
 }
 
@@ -140,7 +175,7 @@ func TestStrangersDirtyPages(t *testing.T) {
 	}
 	defer os.RemoveAll(dir)
 	at.timedPull(t, dir, stackedName, "") // warms what the first one warms
-	r := ratios(func() (beside, alone time.Duration) {
+	r := ratios(t, func() (beside, alone time.Duration) {
 		alone = at.timedPull(t, dir, stackedName, "")
 		strangers := filepath.Join(dir, "strangers")
 		must(t, dirty(strangers, 4<<30))
@@ -192,8 +227,8 @@ func dirtyBytes(t *testing.T) (n int64) {
 // spread are ratios in order.
 type spread []float64
 
-func ratios(pair func() (a, b time.Duration)) (r spread) {
-	for range barrierPairs {
+func ratios(t *testing.T, pair func() (a, b time.Duration)) (r spread) {
+	for range number(t, "PAIRS", barrierPairs) {
 		a, b := pair()
 		r = append(r, a.Seconds()/b.Seconds())
 	}

@@ -1,12 +1,13 @@
 // Package crashtest interrupts a whole store at work, and looks at what is
 // left: after a kill at every fault point, after a power cut at every k-th
-// change in a simulation, and after power cuts of real file systems.
+// change in a simulation, after power cuts of real file systems, and after each
+// change to its files that fails.
 //
 // There is one workload (work_test.go), which pulls, tags, builds and removes
 // images; one judgement of the aftermath (aftermath_test.go), by a ledger of
 // what was acknowledged, a hash of each layer that shares no code with varve,
 // and the witness; and the instruments: kill_test.go, simulate_test.go,
-// powercut_test.go.
+// powercut_test.go, faults_test.go.
 // Package snapshotter has the same below images, in one process.
 //
 // It consists of tests only.

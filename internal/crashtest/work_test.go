@@ -31,6 +31,7 @@ var roles = map[string]powercut.Role{
 	"long pull":       pullLong,
 	"pull rest":       pullRest,
 	"pull and remove": pullAndRemove,
+	"build twice":     buildTwice,
 	"recover":         recoverStore,
 }
 

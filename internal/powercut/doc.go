@@ -20,5 +20,6 @@
 // collector that waits for the fault. The workload is therefore another
 // process.
 //
-// It must not know varve. Start reading at record.go, then rig.go.
+// It must not know varve. A [Worker] may be watched by package faultcall. Start
+// reading at record.go, then rig.go.
 package powercut

@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"varve.dev/internal/faultcall"
 )
 
 // Role is what a worker does in the folder dir. It says what it has done
@@ -39,7 +41,10 @@ type Worker struct {
 	// Patience is when a process that does not end is asked where it hangs:
 	// the stacks of its goroutines are in the error. 0: none.
 	Patience time.Duration
-	Mark     func(note string) // called for each mark
+	// Watch has a say in what its changes to files come to; nil: none. The
+	// worker has ended when all that it started has.
+	Watch *faultcall.Watch
+	Mark  func(note string) // called for each mark
 }
 
 const (
@@ -69,6 +74,9 @@ const (
 )
 
 func play(role Role) error {
+	if err := faultcall.Enter(); err != nil {
+		return err
+	}
 	if err := believe(os.Getenv(bootVariable)); err != nil {
 		return err
 	}
@@ -156,7 +164,7 @@ func (w Worker) Run(dir string, args ...string) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
 	var complaints bytes.Buffer
 	cmd.Stderr = &complaints
-	err = cmd.Start()
+	err = w.start(cmd)
 	marksW.Close()
 	answersR.Close()
 	if err != nil {
@@ -176,7 +184,24 @@ func (w Worker) Run(dir string, args ...string) error {
 		}
 	}
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("%s: %w: %s", w.Role, err, strings.TrimSpace(tail(&complaints, 30000)))
+		return errors.Join(fmt.Errorf("%s: %w: %s", w.Role, err, strings.TrimSpace(tail(&complaints, 30000))), w.ended())
+	}
+	return w.ended()
+}
+
+func (w Worker) start(cmd *exec.Cmd) error {
+	if w.Watch != nil {
+		return w.Watch.Start(cmd)
+	}
+	return cmd.Start()
+}
+
+// lingering is how long what a worker started may outlive it.
+const lingering = 30 * time.Second
+
+func (w Worker) ended() error {
+	if w.Watch != nil {
+		return w.Watch.Wait(lingering)
 	}
 	return nil
 }

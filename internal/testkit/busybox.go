@@ -27,19 +27,32 @@ func MakeBusybox() (Image, error) {
 	if err := need(busyboxBinary, "busybox-static"); err != nil {
 		return Image{}, err
 	}
-	binary, err := os.ReadFile(busyboxBinary)
-	if err != nil {
-		return Image{}, err
-	}
 	list, err := exec.Command(busyboxBinary, "--list").Output()
 	if err != nil {
 		return Image{}, err
 	}
+	return busyboxWith("busybox", strings.Fields(string(list)))
+}
+
+// FewApplets is [Busybox] with links for these applets only: an image that runs
+// and has few files.
+func FewApplets(t testing.TB, applets ...string) Image {
+	t.Helper()
+	img, err := busyboxWith("few-applets", applets)
+	return must(t, img, err)
+}
+
+func busyboxWith(name string, applets []string) (Image, error) {
+	if err := need(busyboxBinary, "busybox-static"); err != nil {
+		return Image{}, err
+	}
+	binary, err := os.ReadFile(busyboxBinary)
+	if err != nil {
+		return Image{}, err
+	}
 	sum := sha256.Sum256(binary)
-	return cached("busybox", []string{"1", hex.EncodeToString(sum[:])}, func(l *Layout) (Image, error) {
-		layer, err := l.AddLayer(Gzip, "ADD busybox /", func(b *LayerBuilder) {
-			fillBusybox(b, binary, strings.Fields(string(list)))
-		})
+	return cached(name, append([]string{"1", hex.EncodeToString(sum[:])}, applets...), func(l *Layout) (Image, error) {
+		layer, err := l.AddLayer(Gzip, "ADD busybox /", func(b *LayerBuilder) { fillBusybox(b, binary, applets) })
 		if err != nil {
 			return Image{}, err
 		}
