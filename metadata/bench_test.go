@@ -221,3 +221,43 @@ func BenchmarkMillionEvict(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkCommit is a transaction of so many records, each with an edge,
+// where a sync costs nothing: what is left is the processor's time.
+func BenchmarkCommit(b *testing.B) {
+	for _, records := range []int{1, 20, 500} {
+		b.Run(fmt.Sprintf("records=%d", records), func(b *testing.B) {
+			dir, err := os.MkdirTemp("/dev/shm", "varve-bench-")
+			must(b, err)
+			defer os.RemoveAll(dir)
+			db, err := Open(openRoot(b, dir), Options{})
+			must(b, err)
+			defer db.Close()
+			const stored = 20_000
+			put := func(tx *Tx, i int) error {
+				if err := tx.Blobs().Put(digestOf(i), layout.BlobRecord{Size: int64(i), Origins: []string{"registry.example/repository"}}); err != nil {
+					return err
+				}
+				return tx.Link(damageEdge(i))
+			}
+			for from := 0; from < stored; from += 1000 {
+				doUpdate(b, db, func(tx *Tx) (err error) {
+					for i := from; i < from+1000 && err == nil; i++ {
+						err = put(tx, i)
+					}
+					return err
+				})
+			}
+			for b.Loop() {
+				doUpdate(b, db, func(tx *Tx) (err error) {
+					for range records {
+						if err == nil {
+							err = put(tx, rand.IntN(stored))
+						}
+					}
+					return err
+				})
+			}
+		})
+	}
+}

@@ -283,8 +283,7 @@ func (r *rebuilder) fill(btx *bolt.Tx) error {
 }
 
 func (r *rebuilder) fillMeta(tx *Tx) error {
-	meta := table[string, layout.MetaRecord](tx, layout.BucketMeta)
-	own, err := meta.Get(layout.MetaKey)
+	own, err := tx.metas().Get(layout.MetaKey)
 	if err != nil {
 		return err
 	}
@@ -295,10 +294,9 @@ func (r *rebuilder) fillMeta(tx *Tx) error {
 	slices.Sort(r.report.Lost)
 	slices.Sort(r.report.Kept)
 	return errors.Join(
-		meta.Put(layout.MetaKey, own),
-		table[string, layout.RebuiltRecord](tx, layout.BucketMeta).Put(layout.RebuiltKey, r.report),
-		// Past every number in the log: it is written anew.
-		tx.bolt.Bucket([]byte(layout.BucketMeta)).SetSequence(r.last+1),
+		tx.metas().Put(layout.MetaKey, own),
+		tx.rebuilds().Put(layout.RebuiltKey, r.report),
+		tx.mark(r.last+1), // past every number in the log: it is written anew
 	)
 }
 
