@@ -201,6 +201,44 @@ func BenchmarkMillionTouch(b *testing.B) {
 	}
 }
 
+// BenchmarkMillionCheck reads all of it, as is done while it is open.
+func BenchmarkMillionCheck(b *testing.B) {
+	db, err := Open(openRoot(b, benchDir(b)), Options{})
+	must(b, err)
+	defer db.Close()
+	for b.Loop() {
+		must(b, db.checkOpen())
+	}
+}
+
+// BenchmarkOpen opens a database that is read in full.
+func BenchmarkOpen(b *testing.B) {
+	dir := b.TempDir()
+	root := openRoot(b, dir)
+	db, err := Open(root, Options{})
+	must(b, err)
+	const records = 10_000
+	for from := 0; from < records; from += 500 {
+		doUpdate(b, db, func(tx *Tx) (err error) {
+			for i := from; i < from+500 && err == nil; i++ {
+				err = errors.Join(tx.Blobs().Put(digestOf(i), layout.BlobRecord{Size: int64(i)}), tx.Link(damageEdge(i)))
+			}
+			return err
+		})
+	}
+	time.Sleep(2 * logSync) // the log is durable, and its tail goes
+	doUpdate(b, db, func(*Tx) error { return nil })
+	must(b, db.Close())
+	fi, err := os.Stat(filepath.Join(dir, layout.DatabaseFile))
+	must(b, err)
+	for b.Loop() {
+		db, err := Open(root, Options{})
+		must(b, err)
+		must(b, db.Close())
+	}
+	b.ReportMetric(float64(fi.Size())/1e6, "MB")
+}
+
 // BenchmarkMillionEvict drops the record that was used longest ago.
 func BenchmarkMillionEvict(b *testing.B) {
 	db, err := Open(openRoot(b, benchDir(b)), Options{})
