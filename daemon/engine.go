@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -160,7 +161,9 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 		info.Recovered = append(info.Recovered, "finished: "+purpose)
 	}
 	for _, dir := range e.found.Adopted {
-		info.Recovered = append(info.Recovered, "kept, though nothing names it: "+dir)
+		if rec := e.db.Rebuilt(); rec == nil || !slices.Contains(rec.Kept, dir) {
+			info.Recovered = append(info.Recovered, "kept, though nothing names it: "+dir)
+		}
 	}
 	for _, dir := range e.found.Stranded {
 		info.Recovered = append(info.Recovered, "stands only in staging (G2): "+dir)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"time"
 
 	"varve.dev/errdefs"
@@ -22,8 +23,9 @@ type Recovery struct {
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
 	Torn      int      // unfinished blobs that a power cut left without their description
-	// Adopted are directories in active that no record names and that hold
-	// something. They stay.
+	// Adopted are directories in active and containers that no record names
+	// and that hold something, or that a rebuilt database did not know. They
+	// stay.
 	Adopted []string
 	// Stranded are recorded layers whose tree stands in staging (G2). They
 	// stay; fsck reports them.
@@ -35,7 +37,7 @@ type Recovery struct {
 func (j *Journal) recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	for _, step := range []func(context.Context, *Recovery) error{
-		j.finishIntents, j.emptyStaging, j.checkActive, j.dropTornIngests, j.emptyTrash, j.endLeases,
+		j.finishIntents, j.emptyStaging, j.checkActive, j.checkContainers, j.dropTornIngests, j.emptyTrash, j.endLeases,
 	} {
 		if err := step(ctx, &found); err != nil {
 			return found, err
@@ -115,34 +117,39 @@ func (j *Journal) isStranded(ctx context.Context, id layout.LayerID) bool {
 }
 
 // checkActive removes writable layers that were made and never recorded, if
-// nothing was written into them.
+// nothing was written into them. Of those that a rebuilt database did not know
+// nobody can tell whether they were recorded: they stay.
 func (j *Journal) checkActive(ctx context.Context, found *Recovery) error {
 	dirs, err := os.ReadDir(j.root.Path(layout.ActiveDir))
 	if err != nil || len(dirs) == 0 {
 		return missing(err)
 	}
-	named := map[string]bool{}
+	var named map[string]bool
+	var rebuilt layout.RebuiltRecord
 	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		if named, err = sweptPaths(tx); err != nil {
+			return err
+		}
+		if rebuilt, err = tx.Rebuilt(); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+			return err
+		}
 		for _, d := range dirs {
-			node := layout.ActiveNode(layout.LayerID(d.Name()))
-			if tx.Referenced(node) {
-				named[d.Name()] = true
+			id := layout.LayerID(d.Name())
+			if tx.Referenced(layout.ActiveNode(id)) {
+				named[layout.ActivePath(id)] = true
 			}
 		}
-		return tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
-			named[path.Base(s.Path)] = true
-			return nil
-		})
+		return nil
 	})
 	if err != nil {
 		return err
 	}
 	for _, d := range dirs {
-		if named[d.Name()] {
+		rel := layout.ActivePath(layout.LayerID(d.Name()))
+		if named[rel] {
 			continue
 		}
-		rel := layout.ActivePath(layout.LayerID(d.Name()))
-		if !isEmptyTree(j.root.Path(path.Join(rel, layout.TreeDir))) {
+		if slices.Contains(rebuilt.Kept, rel) || !isEmptyTree(j.root.Path(path.Join(rel, layout.TreeDir))) {
 			found.Adopted = append(found.Adopted, rel)
 			continue
 		}
@@ -152,6 +159,34 @@ func (j *Journal) checkActive(ctx context.Context, found *Recovery) error {
 		found.Discarded++
 	}
 	return nil
+}
+
+// checkContainers finds the directories of containers that no record names.
+func (j *Journal) checkContainers(ctx context.Context, found *Recovery) error {
+	dirs, err := os.ReadDir(j.root.Path(layout.ContainersDir))
+	if err != nil || len(dirs) == 0 {
+		return missing(err)
+	}
+	return j.db.View(ctx, func(tx *metadata.Tx) error {
+		swept, err := sweptPaths(tx)
+		for _, d := range dirs {
+			id := layout.ContainerID(d.Name())
+			if rel := layout.ContainerPath(id); !tx.Containers().Has(id) && !swept[rel] {
+				found.Adopted = append(found.Adopted, rel)
+			}
+		}
+		return err
+	})
+}
+
+// sweptPaths are where what is to be deleted stands.
+func sweptPaths(tx *metadata.Tx) (map[string]bool, error) {
+	paths := map[string]bool{}
+	err := tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
+		paths[s.Path] = true
+		return nil
+	})
+	return paths, err
 }
 
 func isEmptyTree(dir string) bool {

@@ -95,7 +95,7 @@ func Open(root *durable.Root, opts Options) (*DB, error) {
 		return nil, fmt.Errorf("the database that was rebuilt: %w", err)
 	}
 	err = db.View(context.Background(), func(tx *Tx) error {
-		rec, err := tx.rebuilds().Get(layout.RebuiltKey)
+		rec, err := tx.Rebuilt()
 		db.rebuilt = &rec
 		return err
 	})

@@ -77,6 +77,10 @@ func (tx *Tx) rebuilds() Table[string, layout.RebuiltRecord] {
 	return table[string, layout.RebuiltRecord](tx, layout.BucketMeta)
 }
 
+// Rebuilt says when the database was last made again, whichever opening did
+// that, and what came of it. Errors: ErrNotFound if it never was.
+func (tx *Tx) Rebuilt() (layout.RebuiltRecord, error) { return tx.rebuilds().Get(layout.RebuiltKey) }
+
 // Get returns the record under key. Errors: ErrNotFound, Corrupt (M1).
 func (t Table[K, R]) Get(key K) (R, error) {
 	var rec R
