@@ -17,8 +17,13 @@ import (
 // fsckEvery is the time between two events of a check's progress.
 const fsckEvery = 100 * time.Millisecond
 
-// Fsck implements varve.Backend: the store is checked while it is in use.
+// Fsck implements varve.Backend: the store is checked while it is in use. A
+// database that is damaged is made anew before anything else is looked at:
+// reading it through bbolt may end the process.
 func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
+	if err := e.db.Check(ctx); err != nil {
+		return varve.FsckReport{}, err
+	}
 	options := fsck.Options{
 		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(),
 	}

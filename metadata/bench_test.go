@@ -207,7 +207,7 @@ func BenchmarkMillionCheck(b *testing.B) {
 	must(b, err)
 	defer db.Close()
 	for b.Loop() {
-		must(b, db.checkOpen())
+		must(b, db.checkOpen(db.pace()))
 	}
 }
 

@@ -157,7 +157,7 @@ func (db *DB) firstWatch(all bool) time.Duration {
 // damage.
 func (db *DB) watch(first time.Duration) {
 	for wait := first; ; wait = watchEvery {
-		if db.pause(wait) != nil || db.checkOpen() != nil {
+		if db.pause(wait) != nil || db.checkOpen(db.pace()) != nil {
 			return
 		}
 	}
@@ -184,11 +184,10 @@ func (db *DB) pause(d time.Duration) error {
 	}
 }
 
-// checkOpen reads all that a transaction sees, past bbolt: from the file, one
-// page after the other, so that damage ends in an error.
-func (db *DB) checkOpen() error {
+// pace keeps a check to watchRate.
+func (db *DB) pace() func(bytes int) error {
 	began, read := time.Now(), 0
-	pace := func(n int) error {
+	return func(n int) error {
 		read += n
 		nap := time.Duration(read)*time.Second/watchRate - time.Since(began)
 		if nap < watchNap {
@@ -196,6 +195,17 @@ func (db *DB) checkOpen() error {
 		}
 		return db.pause(nap)
 	}
+}
+
+// Check reads everything that the open database holds, past bbolt: from the
+// file, one page after the other, so that damage ends in an error and nothing
+// worse. Errors: Corrupt (M1, M2, M5), and whoever waits for [DB.Damaged] is
+// told; the end of ctx.
+func (db *DB) Check(ctx context.Context) error {
+	return db.checkOpen(func(int) error { return ctx.Err() })
+}
+
+func (db *DB) checkOpen(pace func(bytes int) error) error {
 	return db.View(context.Background(), func(tx *Tx) error {
 		c := &pageChecker{file: db.file, pageSize: uint64(db.bolt.Info().PageSize), leaves: true, pace: pace}
 		c.setHigh(uint64(tx.bolt.Size()) / c.pageSize)

@@ -56,7 +56,7 @@ func TestSumsAreKept(t *testing.T) {
 		if !errors.Is(err, end) {
 			t.Fatal(err)
 		}
-		must(t, db.checkOpen())
+		must(t, db.Check(t.Context()))
 	}
 }
 
@@ -79,7 +79,7 @@ func TestStoreWithoutSums(t *testing.T) {
 			}
 			return nil
 		})
-		must(t, db.checkOpen())
+		must(t, db.Check(t.Context()))
 		doUpdate(t, db, func(tx *Tx) error { return tx.PutImage(imageName(0), layout.ImageRecord{}) })
 		must(t, db.Close())
 	}
@@ -188,7 +188,7 @@ func openLarge(t *testing.T, dir string) (db *DB, leaf int64) {
 func TestLargeDatabaseIsWatched(t *testing.T) {
 	dir := t.TempDir()
 	db, leaf := openLarge(t, dir)
-	must(t, db.checkOpen())
+	must(t, db.Check(t.Context()))
 	must(t, db.Close())
 	overwrite(t, dir, leaf+10, []byte{1, 0}) // one element
 	db, err := Open(openRoot(t, dir), Options{})
@@ -233,7 +233,7 @@ func TestWatchIsInNobodysWay(t *testing.T) {
 		}
 	})
 	checked := make(chan error, 1)
-	go func() { checked <- db.checkOpen() }()
+	go func() { checked <- db.checkOpen(db.pace()) }()
 	for i, done := 0, false; !done || i < 20; i++ {
 		doUpdate(t, db, func(tx *Tx) error { return tx.Blobs().Delete(digestOf(i)) })
 		select {
@@ -243,7 +243,7 @@ func TestWatchIsInNobodysWay(t *testing.T) {
 		default:
 		}
 	}
-	go func() { checked <- db.checkOpen() }()
+	go func() { checked <- db.checkOpen(db.pace()) }()
 	began := time.Now()
 	must(t, db.Close())
 	if err := <-checked; err != nil && !errors.Is(err, errdefs.ErrUnavailable) {

@@ -68,7 +68,7 @@ func TestNobodysDataGoes(t *testing.T) {
 		info, err := e.Info(ctx)
 		must(t, err)
 		told := strings.Join(info.Recovered, "\n")
-		for _, dir := range slices.Concat(late, removed) {
+		for _, dir := range slices.Concat(late, removed, []string{layout.VolumesDir + "/v"}) {
 			if !strings.Contains(told, dir) {
 				t.Errorf("opening %d: nothing is said of %s:\n%s", round+1, dir, told)
 			}
@@ -78,9 +78,6 @@ func TestNobodysDataGoes(t *testing.T) {
 		}
 		if strings.Contains(told, "lost: ") {
 			t.Errorf("opening %d:\n%s", round+1, told)
-		}
-		if round == 0 && !strings.Contains(told, layout.VolumesDir+"/v") {
-			t.Errorf("the volume is not listed:\n%s", told)
 		}
 		for _, file := range []string{layout.VolumesDir + "/v/_data/file", stranger + "/file"} {
 			if data, err := os.ReadFile(filepath.Join(d.dir, file)); err != nil || string(data) != file {
