@@ -83,9 +83,10 @@ faults: deps
 barrier: deps
 	VARVE_TIMINGS=1 FS=$(FS) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 1h -v -run 'Barrier|Strangers' ./internal/crashtest
 
-# Every page of a store's database made bad in three ways, or CASES of them.
+# Every page of a store's database made bad in many ways, or CASES of them:
+# before it is opened, and while it is.
 dbdamage: deps
-	CASES=$(or $(CASES),100000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestDamagedDatabase|LogLost' ./internal/crashtest
+	CASES=$(or $(CASES),100000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestDamagedDatabase|WhileOpen|LogLost|NobodysData' ./internal/crashtest
 	VARVE_ALL_DAMAGE=1 $(GOTEST) -count=1 -timeout 1h -v -run TestEveryDamagedPage ./metadata
 
 # The simulation at every change instead of every k-th, and every kill.

@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -11,6 +15,7 @@ import (
 	"varve.dev/builder"
 	"varve.dev/content"
 	"varve.dev/durable"
+	"varve.dev/errdefs"
 	"varve.dev/image"
 	"varve.dev/internal/version"
 	"varve.dev/journal"
@@ -133,17 +138,24 @@ func (e *Engine) closeParts() error {
 
 // Rebuilt says what became of the database if it was lost or damaged and this
 // opening made it again; nothing if not.
-func (e *Engine) Rebuilt() (lines []string) {
-	rec := e.db.Rebuilt()
-	if rec == nil {
-		return nil
+func (e *Engine) Rebuilt() []string {
+	if rec := e.db.Rebuilt(); rec != nil {
+		return e.tellRebuilt(*rec)
 	}
-	lines = append(lines, fmt.Sprintf("the database was rebuilt (%s): %d records", rec.Why, rec.Records))
+	return nil
+}
+
+// tellRebuilt leaves out of what was kept the files that are gone by now.
+func (e *Engine) tellRebuilt(rec layout.RebuiltRecord) []string {
+	why, _, _ := strings.Cut(rec.Why, "\n") // a stack may follow
+	lines := []string{fmt.Sprintf("the database was rebuilt on %s (%s): %d records", rec.When.Format(time.DateTime), why, rec.Records)}
 	for _, l := range rec.Lost {
 		lines = append(lines, "lost: "+l)
 	}
 	for _, k := range rec.Kept {
-		lines = append(lines, "kept: "+k)
+		if _, err := os.Lstat(e.root.Path(k)); err == nil || strings.HasPrefix(k, "image ") {
+			lines = append(lines, "kept: "+k)
+		}
 	}
 	return lines
 }
@@ -158,22 +170,36 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 	if err := unix.Uname(&uts); err == nil {
 		info.Kernel = unix.ByteSliceToString(uts.Release[:])
 	}
-	info.Recovered = append(info.Recovered, e.Rebuilt()...)
+	var rebuilt layout.RebuiltRecord // by whichever opening
+	err := e.db.View(ctx, func(tx *metadata.Tx) (err error) {
+		info.Images, info.Layers, info.Blobs = tx.Images().Len(), tx.Layers().Len(), tx.Blobs().Len()
+		if rebuilt, err = tx.Rebuilt(); errors.Is(err, errdefs.ErrNotFound) {
+			return nil
+		}
+		return err
+	})
+	if !rebuilt.When.IsZero() {
+		info.Recovered = e.tellRebuilt(rebuilt)
+	}
+	info.Recovered = append(info.Recovered, e.tellFound(rebuilt.Kept)...)
+	return info, err
+}
+
+// tellFound says what recovery found, but for what is known to be kept.
+func (e *Engine) tellFound(kept []string) (lines []string) {
 	for _, purpose := range e.found.Finished {
-		info.Recovered = append(info.Recovered, "finished: "+purpose)
+		lines = append(lines, "finished: "+purpose)
 	}
 	for _, dir := range e.found.Adopted {
-		info.Recovered = append(info.Recovered, "kept, though nothing names it: "+dir)
+		if !slices.Contains(kept, dir) {
+			lines = append(lines, "kept, though nothing names it: "+dir)
+		}
 	}
 	for _, dir := range e.found.Stranded {
-		info.Recovered = append(info.Recovered, "stands only in staging (G2): "+dir)
+		lines = append(lines, "stands only in staging (G2): "+dir)
 	}
 	if e.found.Discarded > 0 {
-		info.Recovered = append(info.Recovered, fmt.Sprintf("discarded %d unfinished trees", e.found.Discarded))
+		lines = append(lines, fmt.Sprintf("discarded %d unfinished trees", e.found.Discarded))
 	}
-	err := e.db.View(ctx, func(tx *metadata.Tx) error {
-		info.Images, info.Layers, info.Blobs = tx.Images().Len(), tx.Layers().Len(), tx.Blobs().Len()
-		return nil
-	})
-	return info, err
+	return lines
 }

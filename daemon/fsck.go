@@ -56,7 +56,13 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 	return out, nil
 }
 
+// check looks at the store while it is in use. A database that is damaged is
+// made anew before anything else is looked at: reading it through bbolt may end
+// the process.
 func (e *Engine) check(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (*fsck.Report, error) {
+	if err := e.db.Check(ctx); err != nil {
+		return nil, err
+	}
 	options := fsck.Options{
 		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(),
 	}

@@ -119,16 +119,16 @@ func tryJoin(ctx context.Context, socket, root string) *Joined {
 
 // openEmbedded opens the store in this process and serves it.
 func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
-	e, err := Open(ctx, Options{Root: p.Root, State: p.State, Embedded: true})
+	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true}, nil)
 	if err != nil {
 		return nil, err
 	}
-	server, err := Listen(p.embeddedSocket(), e)
+	server, err := Listen(p.embeddedSocket(), k)
 	if err != nil {
-		return nil, errors.Join(err, e.Close(ctx))
+		return nil, errors.Join(err, k.Close(ctx))
 	}
-	return &Joined{Backend: e, Embedded: true, Notice: e.Rebuilt(), close: func(ctx context.Context) error {
-		return errors.Join(server.Linger(ctx), server.Close(ctx), e.Close(ctx))
+	return &Joined{Backend: k, Embedded: true, Notice: k.Rebuilt(), close: func(ctx context.Context) error {
+		return errors.Join(server.Linger(ctx), server.Close(ctx), k.Close(ctx))
 	}}, nil
 }
 

@@ -88,6 +88,14 @@ func (r *Root) Poisoned() error {
 	return nil
 }
 
+// PoisonCause returns what [Root.Poison] was first called with; nil before.
+func (r *Root) PoisonCause() error {
+	if p := r.poison.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
 // may checks that names are local and the root is healthy before a change.
 func (r *Root) may(names ...string) error {
 	for _, n := range names {

@@ -16,6 +16,7 @@ var checks = map[string]func(*checker, found){
 	"M2": func(c *checker, f found) { c.reportDamage("M2", f) },
 	"M3": func(c *checker, f found) { c.reportDamage("M3", f) },
 	"M4": (*checker).changeLog,
+	"M5": func(c *checker, f found) { c.reportDamage("M5", f) },
 
 	"B1": (*checker).blobStands,
 	"B2": (*checker).blobSize,

@@ -46,6 +46,11 @@ var breakages = map[string]breakFunc{
 		line, err := layout.EncodeLine(layout.ChangeRecord{Changes: []layout.Change{image}})
 		must(t, err, os.WriteFile(s.path(layout.LogFile), append(logOf(t, tx), line...), 0o600))
 	},
+	"M5": func(t *testing.T, s *store, tx *bolt.Tx) {
+		s.keepSums = true
+		sumUp(t, tx)
+		must(t, tx.Bucket([]byte(layout.BucketSweeps)).Delete([]byte("swept")))
+	},
 	"B1": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.Remove(s.path(layout.BlobPath(s.files)))) },
 	"B2": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.Truncate(s.path(layout.BlobPath(s.files)), 1)) },
 	"B3": func(t *testing.T, s *store, tx *bolt.Tx) {
@@ -175,6 +180,16 @@ func TestEveryInvariantIsChecked(t *testing.T) {
 		if _, ok := layout.FindInvariant(id); !ok {
 			t.Errorf("%s is broken, and is no invariant", id)
 		}
+	}
+}
+
+// The state record is that of the last commit, and not of one before.
+func TestStateOfAnotherCommit(t *testing.T) {
+	s := makeStore(t)
+	s.keepSums = true
+	s.in(t, func(*bolt.Tx) error { return nil })
+	if r := s.check(t, layout.Quick); len(r.Findings) != 1 || r.Findings[0].Invariant != "M5" {
+		t.Errorf("found %+v", r.Findings)
 	}
 }
 

@@ -13,8 +13,8 @@ import (
 // What keys must look like, by bucket (M3).
 
 func metaKey(key string) error {
-	if key != layout.MetaKey && key != layout.RebuiltKey {
-		return fmt.Errorf("the keys are %q and %q", layout.MetaKey, layout.RebuiltKey)
+	if keys := []string{layout.MetaKey, layout.StateKey, layout.RebuiltKey}; !slices.Contains(keys, key) {
+		return fmt.Errorf("the keys are %q", keys)
 	}
 	return nil
 }

@@ -3,7 +3,6 @@ package fsck
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash/fnv"
 	"os"
@@ -49,35 +48,33 @@ func walkPages(name string) error {
 	if err != nil {
 		return err
 	}
-	return p.tree(root)
+	return p.tree(root, keyRange{})
 }
 
-// start finds the newer of the two valid meta pages, as bbolt does, and
-// returns the root page.
+// start reads the two meta pages, which must both be valid, and returns the
+// root page by the newer one.
 func (p *pages) start() (root uint64, err error) {
 	fi, err := p.f.Stat()
 	if err != nil {
 		return 0, err
 	}
 	var newest uint64
-	for _, at := range []int64{0, 512, 1 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10} {
+	for i := range int64(2) { // the first says how long a page is
 		m := make([]byte, metaSummed+8)
-		if _, err := p.f.ReadAt(m, at+pageHeader); err != nil {
-			break
+		if _, err := p.f.ReadAt(m, i*p.size+pageHeader); err != nil {
+			return 0, fmt.Errorf("meta page %d: %w", i, err)
 		}
 		h := fnv.New64a()
 		h.Write(m[:metaSummed])
 		size := int64(binary.NativeEndian.Uint32(m[8:]))
-		if binary.NativeEndian.Uint32(m) != metaMagic || binary.NativeEndian.Uint64(m[metaSummed:]) != h.Sum64() || at != 0 && at != size {
-			continue
+		if binary.NativeEndian.Uint32(m) != metaMagic || binary.NativeEndian.Uint64(m[metaSummed:]) != h.Sum64() || size < 512 {
+			return 0, fmt.Errorf("meta page %d is not valid", i)
 		}
-		if tx := binary.NativeEndian.Uint64(m[48:]); p.size == 0 || tx > newest {
-			newest, p.size = tx, size
+		p.size = size
+		if tx := binary.NativeEndian.Uint64(m[48:]); i == 0 || tx > newest {
+			newest = tx
 			root, p.high = binary.NativeEndian.Uint64(m[16:]), binary.NativeEndian.Uint64(m[40:])
 		}
-	}
-	if p.size < 512 {
-		return 0, errors.New("neither meta page is valid")
 	}
 	if have := uint64(fi.Size() / p.size); have < p.high {
 		return 0, fmt.Errorf("%d pages long, its meta page says %d", have, p.high)
@@ -129,7 +126,14 @@ func (p *pages) use(id uint64) error {
 	return nil
 }
 
-func (p *pages) tree(id uint64) error {
+// keyRange is where the keys of a page have to lie to be found.
+type keyRange struct{ from, until []byte } // no until: to the end
+
+func (r keyRange) has(key []byte) bool {
+	return bytes.Compare(key, r.from) >= 0 && (r.until == nil || bytes.Compare(key, r.until) < 0)
+}
+
+func (p *pages) tree(id uint64, keys keyRange) error {
 	flags, count, data, err := p.read(id)
 	if err != nil {
 		return err
@@ -139,15 +143,15 @@ func (p *pages) tree(id uint64) error {
 		if count == 0 {
 			return fmt.Errorf("branch page %d is empty", id)
 		}
-		return p.branch(id, int(count), data)
+		return p.branch(id, int(count), data, keys)
 	case leafPage:
-		return p.leaf(id, int(count), data)
+		return p.leaf(id, int(count), data, keys)
 	}
 	return fmt.Errorf("page %d has the type %#x", id, flags)
 }
 
-func (p *pages) branch(id uint64, count int, data []byte) error {
-	var last []byte
+func (p *pages) branch(id uint64, count int, data []byte, keys keyRange) error {
+	children, starts := make([]uint64, count), make([][]byte, count)
 	for i := range count {
 		at := pageHeader + i*element
 		if at+element > len(data) {
@@ -155,11 +159,17 @@ func (p *pages) branch(id uint64, count int, data []byte) error {
 		}
 		e := data[at:]
 		key, err := cut(e, binary.NativeEndian.Uint32(e), binary.NativeEndian.Uint32(e[4:]))
-		if err != nil || i > 0 && bytes.Compare(last, key) >= 0 {
+		if err != nil || !keys.has(key) || i > 0 && bytes.Compare(starts[i-1], key) >= 0 {
 			return fmt.Errorf("page %d, element %d: no key, or out of order", id, i)
 		}
-		last = key
-		if err := p.tree(binary.NativeEndian.Uint64(e[8:])); err != nil {
+		children[i], starts[i] = binary.NativeEndian.Uint64(e[8:]), key
+	}
+	for i, child := range children {
+		below := keyRange{from: starts[i], until: keys.until}
+		if i+1 < count {
+			below.until = starts[i+1]
+		}
+		if err := p.tree(child, below); err != nil {
 			return err
 		}
 	}
@@ -167,7 +177,7 @@ func (p *pages) branch(id uint64, count int, data []byte) error {
 }
 
 // leaf looks at a leaf page, or at the one inside a small bucket's value.
-func (p *pages) leaf(id uint64, count int, data []byte) error {
+func (p *pages) leaf(id uint64, count int, data []byte, keys keyRange) error {
 	var last []byte
 	for i := range count {
 		at := pageHeader + i*element
@@ -177,7 +187,7 @@ func (p *pages) leaf(id uint64, count int, data []byte) error {
 		e := data[at:]
 		pos, ksize, vsize := binary.NativeEndian.Uint32(e[4:]), binary.NativeEndian.Uint32(e[8:]), binary.NativeEndian.Uint32(e[12:])
 		key, err := cut(e, pos, ksize)
-		if err != nil || i > 0 && bytes.Compare(last, key) >= 0 {
+		if err != nil || !keys.has(key) || i > 0 && bytes.Compare(last, key) >= 0 {
 			return fmt.Errorf("page %d, element %d: no key, or out of order", id, i)
 		}
 		last = key
@@ -200,13 +210,13 @@ func (p *pages) bucket(id uint64, value []byte) error {
 		return fmt.Errorf("page %d: a bucket of %d bytes", id, len(value))
 	}
 	if root := binary.NativeEndian.Uint64(value); root != 0 {
-		return p.tree(root)
+		return p.tree(root, keyRange{})
 	}
 	inline := value[bucketHeader:]
 	if len(inline) < pageHeader || binary.NativeEndian.Uint16(inline[8:]) != leafPage {
 		return fmt.Errorf("page %d: a bucket without a page", id)
 	}
-	return p.leaf(id, int(binary.NativeEndian.Uint16(inline[10:])), inline)
+	return p.leaf(id, int(binary.NativeEndian.Uint16(inline[10:])), inline, keyRange{})
 }
 
 // cut returns size bytes from pos on.

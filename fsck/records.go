@@ -53,17 +53,17 @@ func newRecords() *records {
 	}
 }
 
-// damage is what reading the database came upon.
+// damage is what reading the database came upon, by the number of the check.
 type damage struct{ id, object, detail string }
 
 const theDatabase = "database"
 
-// damaged notes a finding of M1 to M3.
+// damaged notes a finding of M1, M2, M3 or M5.
 func (c *checker) damaged(id, object, format string, args ...any) {
 	c.damage = append(c.damage, damage{id, object, fmt.Sprintf(format, args...)})
 }
 
-// reportDamage: M1, M2, M3.
+// reportDamage: M1, M2, M3, M5.
 func (c *checker) reportDamage(id string, f found) {
 	for _, d := range c.damage {
 		if d.id == id {
@@ -156,6 +156,7 @@ func (c *checker) read(tx *bolt.Tx, rec *records) error {
 	if err := c.readMeta(tx, rec); err != nil {
 		return err
 	}
+	c.addUp(tx)
 	readBucket(c, tx, rec, layout.BucketBlobs, rec.blobs, blobKey)
 	readBucket(c, tx, rec, layout.BucketLayers, rec.layers, elementKey)
 	readBucket(c, tx, rec, layout.BucketLayerKeys, rec.layerKeys, layerIndexKey)
@@ -184,23 +185,47 @@ func (c *checker) read(tx *bolt.Tx, rec *records) error {
 }
 
 func (c *checker) readMeta(tx *bolt.Tx, rec *records) error {
-	metas := map[string]layout.MetaRecord{}
+	// One type for the three records of this bucket.
+	type metaRecord struct {
+		layout.MetaRecord
+		layout.StateRecord
+	}
+	metas := map[string]metaRecord{}
 	readBucket(c, tx, rec, layout.BucketMeta, metas, metaKey)
 	meta, ok := metas[layout.MetaKey]
-	rec.store = meta.ID
-	if b := tx.Bucket([]byte(layout.BucketMeta)); b != nil {
-		rec.seq = b.Sequence()
-	}
+	rec.store, rec.seq = meta.ID, metas[layout.StateKey].Change
 	switch {
 	case !ok && rec.unreadable[layout.BucketMeta+"/"+layout.MetaKey]: // M1
 	case !ok:
 		c.damaged("M2", theDatabase, "it has no store record")
-	case meta.Format > layout.FormatVersion:
-		return fmt.Errorf("the store has format %d, this varve knows %d: %w", meta.Format, layout.FormatVersion, errdefs.ErrFailedPrecondition)
 	case meta.Format < 1:
 		c.damaged("M2", theDatabase, "its format is %d", meta.Format)
+	case meta.Format != layout.FormatVersion:
+		return fmt.Errorf("the store has format %d, this varve checks %d: %w", meta.Format, layout.FormatVersion, errdefs.ErrFailedPrecondition)
+	}
+	if got := metas[layout.StateKey].Commit; got != uint64(tx.ID()) && !rec.unreadable[layout.BucketMeta+"/"+layout.StateKey] {
+		c.damaged("M5", theDatabase, "its state record is of commit %d, its meta page of %d", got, tx.ID())
 	}
 	return nil
+}
+
+// addUp compares every bucket with its sum.
+func (c *checker) addUp(tx *bolt.Tx) {
+	for _, name := range layout.Buckets() {
+		b := tx.Bucket([]byte(name))
+		if b == nil {
+			continue // M2
+		}
+		entries, sum := 0, uint64(0)
+		_ = b.ForEach(func(k, v []byte) error {
+			entries++
+			sum += layout.EntrySum(k, v)
+			return nil
+		})
+		if sum != b.Sequence() {
+			c.damaged("M5", "bucket "+name, "its %d entries add up to %016x, not %016x", entries, sum, b.Sequence())
+		}
+	}
 }
 
 // readBucket copies the records of one bucket whose keys are valid.

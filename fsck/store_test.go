@@ -27,9 +27,10 @@ import (
 // store is one that has something of everything, made by hand: what the
 // writers make is their tests' to hold against fsck.
 type store struct {
-	keepLog bool // the change log is left as it is
-	dir     string
-	db      *bolt.DB // nil: closed
+	keepLog  bool // the change log is left as it is
+	keepSums bool // and so are the sums and the state record
+	dir      string
+	db       *bolt.DB // nil: closed
 
 	blob, index, manifest, config, files layout.BlobDigest // files: base's file manifest
 }
@@ -244,7 +245,7 @@ func (s *store) addRest(t *testing.T, tx *bolt.Tx) {
 	)
 }
 
-// in changes the database by hand, and the change log with it.
+// in changes the database by hand, and with it its sums and the change log.
 func (s *store) in(t *testing.T, fn func(tx *bolt.Tx) error) {
 	t.Helper()
 	db := s.db
@@ -255,10 +256,27 @@ func (s *store) in(t *testing.T, fn func(tx *bolt.Tx) error) {
 		defer db.Close()
 	}
 	must(t, db.Update(func(tx *bolt.Tx) error {
-		if err := fn(tx); err != nil || s.keepLog {
+		if err := fn(tx); err != nil {
 			return err
 		}
+		if !s.keepSums {
+			sumUp(t, tx)
+		}
+		if s.keepLog {
+			return nil
+		}
 		return os.WriteFile(s.path(layout.LogFile), logOf(t, tx), 0o600)
+	}))
+}
+
+// sumUp makes M5 hold.
+func sumUp(t *testing.T, tx *bolt.Tx) {
+	t.Helper()
+	put(t, tx, layout.BucketMeta, layout.StateKey, layout.StateRecord{Commit: uint64(tx.ID())})
+	must(t, tx.ForEach(func(_ []byte, b *bolt.Bucket) error {
+		sum := uint64(0)
+		must(t, b.ForEach(func(k, v []byte) error { sum += layout.EntrySum(k, v); return nil }))
+		return b.SetSequence(sum)
 	}))
 }
 

@@ -26,7 +26,8 @@ type Recovery struct {
 	Leases    int      // leases of operations that died
 	Ingests   int      // unfinished blobs that nobody can go on with
 	// Adopted are directories in active and containers that no record names
-	// and that hold something. They stay.
+	// and that hold something, or that a rebuilt database did not know. They
+	// stay.
 	Adopted []string
 	// Stranded are recorded layers whose tree stands in staging (G2). They
 	// stay; fsck reports them.
@@ -118,34 +119,39 @@ func (j *Journal) isStranded(ctx context.Context, id layout.LayerID) bool {
 }
 
 // checkActive removes writable layers that were made and never recorded, if
-// nothing was written into them.
+// nothing was written into them. Of those that a rebuilt database did not know
+// nobody can tell whether they were recorded: they stay.
 func (j *Journal) checkActive(ctx context.Context, found *Recovery) error {
 	dirs, err := os.ReadDir(j.root.Path(layout.ActiveDir))
 	if err != nil || len(dirs) == 0 {
 		return missing(err)
 	}
-	named := map[string]bool{}
+	var named map[string]bool
+	var rebuilt layout.RebuiltRecord
 	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		if named, err = sweptPaths(tx); err != nil {
+			return err
+		}
+		if rebuilt, err = tx.Rebuilt(); err != nil {
+			return err
+		}
 		for _, d := range dirs {
-			node := layout.ActiveNode(layout.LayerID(d.Name()))
-			if tx.Referenced(node) {
-				named[d.Name()] = true
+			id := layout.LayerID(d.Name())
+			if tx.Referenced(layout.ActiveNode(id)) {
+				named[layout.ActivePath(id)] = true
 			}
 		}
-		return tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
-			named[path.Base(s.Path)] = true
-			return nil
-		})
+		return nil
 	})
 	if err != nil {
 		return err
 	}
 	for _, d := range dirs {
-		if named[d.Name()] {
+		rel := layout.ActivePath(layout.LayerID(d.Name()))
+		if named[rel] {
 			continue
 		}
-		rel := layout.ActivePath(layout.LayerID(d.Name()))
-		if !isEmptyTree(j.root.Path(path.Join(rel, layout.TreeDir))) {
+		if slices.Contains(rebuilt.Kept, rel) || !isEmptyTree(j.root.Path(path.Join(rel, layout.TreeDir))) {
 			found.Adopted = append(found.Adopted, rel)
 			continue
 		}
@@ -155,6 +161,16 @@ func (j *Journal) checkActive(ctx context.Context, found *Recovery) error {
 		found.Discarded++
 	}
 	return nil
+}
+
+// sweptPaths are where what is to be deleted stands.
+func sweptPaths(tx *metadata.Tx) (map[string]bool, error) {
+	paths := map[string]bool{}
+	err := tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
+		paths[s.Path] = true
+		return nil
+	})
+	return paths, err
 }
 
 func isEmptyTree(dir string) bool {
@@ -169,25 +185,26 @@ func (j *Journal) checkContainers(ctx context.Context, found *Recovery) error {
 	if err != nil || len(dirs) == 0 {
 		return missing(err)
 	}
-	var unnamed, kept []string
+	var unnamed []string
+	var rebuilt layout.RebuiltRecord
 	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		swept, err := sweptPaths(tx)
 		for _, d := range dirs {
-			if id := layout.ContainerID(d.Name()); !tx.Containers().Has(id) {
-				unnamed = append(unnamed, layout.ContainerPath(id))
+			id := layout.ContainerID(d.Name())
+			if rel := layout.ContainerPath(id); !tx.Containers().Has(id) && !swept[rel] {
+				unnamed = append(unnamed, rel)
 			}
 		}
-		rebuilt, err := tx.Rebuilt()
-		kept = rebuilt.Kept
-		return errors.Join(err, tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
-			unnamed = slices.DeleteFunc(unnamed, func(rel string) bool { return rel == s.Path })
-			return nil
-		}))
+		if err == nil {
+			rebuilt, err = tx.Rebuilt()
+		}
+		return err
 	})
 	if err != nil {
 		return err
 	}
 	for _, rel := range unnamed {
-		if slices.Contains(kept, rel) || !neverStarted(j.root.Path(rel)) {
+		if slices.Contains(rebuilt.Kept, rel) || !neverStarted(j.root.Path(rel)) {
 			found.Adopted = append(found.Adopted, rel)
 			continue
 		}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"hash/fnv"
 
 	"varve.dev/errdefs"
 )
@@ -51,6 +52,18 @@ func CheckSum(bucket, key string, value []byte) error {
 		return corruptRecord(bucket, key, fmt.Sprintf("checksum %08x, stored %08x", got, want))
 	}
 	return nil
+}
+
+// EntrySum is what an entry adds to the sum of its bucket: FNV-1a, 64 bits, of
+// the key and of the checksum that begins the value. Sums wrap around. The
+// order in which entries came does not matter, so a writer adds and subtracts
+// what it changes; a page that lost some of them, has some twice or is an old
+// one gives another sum.
+func EntrySum(key, value []byte) uint64 {
+	h := fnv.New64a()
+	h.Write(key) // never fails; see hash.Hash
+	h.Write(value[:min(checksumLen, len(value))])
+	return h.Sum64()
 }
 
 func corruptRecord(bucket, key, detail string) error {

@@ -35,9 +35,10 @@ type Invariant struct {
 func Invariants() []Invariant {
 	return []Invariant{
 		{"M1", Loss, Quick, "Every value in the database carries the CRC-32C of its key and bytes, and decodes.", "rebuild the database from the change log"},
-		{"M2", Loss, Quick, "The database has every bucket, and a store record whose format is known.", "rebuild the database from the change log"},
+		{"M2", Loss, Quick, "The database has two valid meta pages, every bucket, and a store record whose format is known.", "rebuild the database from the change log"},
 		{"M3", Damage, Quick, "Every key parses as what its bucket holds.", "drop the record"},
 		{"M4", Damage, Normal, "The change log, with the changes that the database still holds for it, gives the database's records and edges, but for those of operations under way.", "write it anew from the database"},
+		{"M5", Loss, Quick, "The sequence of each bucket is the sum of its entries, and the state record has the number of the last commit.", "rebuild the database from the change log"},
 
 		{"B1", Loss, Quick, "A recorded blob stands at blobs/sha256/<first two digits>/<digest> as a regular file.", "make it again from a layer, or fetch it from an origin"},
 		{"B2", Loss, Quick, "A recorded blob's file has the recorded size.", "as B1, the bad file to quarantine"},

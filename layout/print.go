@@ -29,6 +29,7 @@ func Print(w io.Writer) {
 	}
 	p(".\n\nA value is the CRC-32C (big-endian) of its key and JSON, then the JSON; the records are the structs of `layout/records.go`. ")
 	p("An edge is a key without a value: child, relation and parent with NUL between them in `%s`, parent first in `%s`.\n\n", BucketEdges, BucketEdgesBack)
+	p("The sequence of each bucket is the sum, modulo 2⁶⁴, of the FNV-1a (64 bits) of each of its entries: the key and the first %d bytes of the value.\n\n", checksumLen)
 	p("## File manifest\n\nA continuity `Manifest` message, one resource for each inode, in the order of the first names; the root directory is `.`. ")
 	p("What the message has no field for stands in xattrs that no file can have: `varve.dev/mtime` (nanoseconds, decimal), and `varve.dev/names` (separated by NUL) and `varve.dev/target` where these are not UTF-8. ")
 	p("Of overlayfs's own xattrs only `trusted.overlay.opaque` is listed; a whiteout is a character device 0/0.\n\n")

@@ -9,9 +9,10 @@ import (
 
 // FormatVersion is the number of the on-disk format that this code writes. A
 // store with a higher number is refused; one with a lower is migrated.
-const FormatVersion = 1
+const FormatVersion = 2
 
-// Buckets of the database. All are top-level; keys are text.
+// Buckets of the database. All are top-level; keys are text. The sequence of
+// each is the sum of its entries: see [EntrySum].
 const (
 	BucketMeta       = "meta"       // [MetaRecord] under the key "store"
 	BucketBlobs      = "blobs"      // BlobDigest → [BlobRecord]
@@ -39,10 +40,10 @@ func Buckets() []string {
 	}
 }
 
-// Keys of BucketMeta. The bucket's own sequence is the number of the last
-// [ChangeRecord].
+// Keys of BucketMeta.
 const (
 	MetaKey    = "store"   // [MetaRecord]
+	StateKey   = "state"   // [StateRecord]
 	RebuiltKey = "rebuilt" // [RebuiltRecord]; only if it ever was
 )
 
@@ -51,6 +52,12 @@ type MetaRecord struct {
 	Format  int       `json:"format"`
 	ID      string    `json:"id"` // random, for this store
 	Created time.Time `json:"created"`
+}
+
+// StateRecord says how far the database has got. Every commit writes it.
+type StateRecord struct {
+	Commit uint64 `json:"commit"` // the number of that transaction
+	Change uint64 `json:"change"` // number of the last [ChangeRecord]
 }
 
 // BlobRecord stands for a blob that is durable at [BlobPath].

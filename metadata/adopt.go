@@ -62,6 +62,9 @@ func (r *rebuilder) adopt() error {
 				r.report.Kept = append(r.report.Kept, layout.ContainerPath(layout.ContainerID(id)))
 			}
 		}),
+		r.each(layout.VolumesDir, func(name string) { // no format has had records of volumes
+			r.report.Kept = append(r.report.Kept, path.Join(layout.VolumesDir, name))
+		}),
 	)
 }
 

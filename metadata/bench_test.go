@@ -201,6 +201,44 @@ func BenchmarkMillionTouch(b *testing.B) {
 	}
 }
 
+// BenchmarkMillionCheck reads all of it, as is done while it is open.
+func BenchmarkMillionCheck(b *testing.B) {
+	db, err := Open(openRoot(b, benchDir(b)), Options{})
+	must(b, err)
+	defer db.Close()
+	for b.Loop() {
+		must(b, db.checkOpen(db.pace()))
+	}
+}
+
+// BenchmarkOpen opens a database that is read in full.
+func BenchmarkOpen(b *testing.B) {
+	dir := b.TempDir()
+	root := openRoot(b, dir)
+	db, err := Open(root, Options{})
+	must(b, err)
+	const records = 10_000
+	for from := 0; from < records; from += 500 {
+		doUpdate(b, db, func(tx *Tx) (err error) {
+			for i := from; i < from+500 && err == nil; i++ {
+				err = errors.Join(tx.Blobs().Put(digestOf(i), layout.BlobRecord{Size: int64(i)}), tx.Link(damageEdge(i)))
+			}
+			return err
+		})
+	}
+	time.Sleep(2 * logSync) // the log is durable, and its tail goes
+	doUpdate(b, db, func(*Tx) error { return nil })
+	must(b, db.Close())
+	fi, err := os.Stat(filepath.Join(dir, layout.DatabaseFile))
+	must(b, err)
+	for b.Loop() {
+		db, err := Open(root, Options{})
+		must(b, err)
+		must(b, db.Close())
+	}
+	b.ReportMetric(float64(fi.Size())/1e6, "MB")
+}
+
 // BenchmarkMillionEvict drops the record that was used longest ago.
 func BenchmarkMillionEvict(b *testing.B) {
 	db, err := Open(openRoot(b, benchDir(b)), Options{})
@@ -219,5 +257,45 @@ func BenchmarkMillionEvict(b *testing.B) {
 		if !errors.Is(err, stay) {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkCommit is a transaction of so many records, each with an edge,
+// where a sync costs nothing: what is left is the processor's time.
+func BenchmarkCommit(b *testing.B) {
+	for _, records := range []int{1, 20, 500} {
+		b.Run(fmt.Sprintf("records=%d", records), func(b *testing.B) {
+			dir, err := os.MkdirTemp("/dev/shm", "varve-bench-")
+			must(b, err)
+			defer os.RemoveAll(dir)
+			db, err := Open(openRoot(b, dir), Options{})
+			must(b, err)
+			defer db.Close()
+			const stored = 20_000
+			put := func(tx *Tx, i int) error {
+				if err := tx.Blobs().Put(digestOf(i), layout.BlobRecord{Size: int64(i), Origins: []string{"registry.example/repository"}}); err != nil {
+					return err
+				}
+				return tx.Link(damageEdge(i))
+			}
+			for from := 0; from < stored; from += 1000 {
+				doUpdate(b, db, func(tx *Tx) (err error) {
+					for i := from; i < from+1000 && err == nil; i++ {
+						err = put(tx, i)
+					}
+					return err
+				})
+			}
+			for b.Loop() {
+				doUpdate(b, db, func(tx *Tx) (err error) {
+					for range records {
+						if err == nil {
+							err = put(tx, rand.IntN(stored))
+						}
+					}
+					return err
+				})
+			}
+		})
 	}
 }

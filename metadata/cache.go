@@ -47,7 +47,7 @@ func (tx *Tx) PutCache(key string, rec layout.CacheRecord) error {
 			}
 		}
 	}
-	return tx.bolt.Bucket([]byte(layout.BucketCacheByUse)).Put(useKey(key, rec.LastUse), nil)
+	return put(tx.bolt.Bucket([]byte(layout.BucketCacheByUse)), useKey(key, rec.LastUse), nil)
 }
 
 func holdsSnapshot(rec layout.CacheRecord, n layout.Node) bool {
@@ -96,7 +96,7 @@ func (tx *Tx) dropUse(key string) error {
 	if err != nil {
 		return err
 	}
-	return tx.bolt.Bucket([]byte(layout.BucketCacheByUse)).Delete(useKey(key, rec.LastUse))
+	return remove(tx.bolt.Bucket([]byte(layout.BucketCacheByUse)), useKey(key, rec.LastUse))
 }
 
 func (tx *Tx) eraseCache(key string) error {

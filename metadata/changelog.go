@@ -54,36 +54,42 @@ func (tx *Tx) noteEdge(e layout.Edge, value []byte) {
 	}
 }
 
-// stage gives the transaction's changes their number and puts them where the
-// next opening finds them if they do not get into the file. It returns their
-// line, nil if there is nothing to tell.
-func (l *changeLog) stage(tx *Tx) ([]byte, error) {
+// stage ends a transaction. It gives the changes their number and puts them
+// where the next opening finds them if they do not get into the file. It
+// returns their line, nil if there is nothing to tell.
+func (l *changeLog) stage(tx *Tx) (line []byte, err error) {
 	tail := tx.bolt.Bucket([]byte(layout.BucketLogTail))
 	l.mu.Lock()
 	synced := l.synced
 	l.mu.Unlock()
 	c := tail.Cursor()
 	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(synced); k, _ = c.First() {
-		if err := tail.Delete(k); err != nil {
+		if err := remove(tail, k); err != nil {
 			return nil, err
 		}
 	}
-	if len(*tx.changes) == 0 {
-		return nil, nil
+	last, err := tx.lastChange()
+	if err == nil && len(*tx.changes) > 0 {
+		last++
+		rec := layout.ChangeRecord{Seq: last, Changes: *tx.changes}
+		if err = table[string, layout.ChangeRecord](tx, layout.BucketLogTail).Put(layout.TailKey(last), rec); err == nil {
+			line, err = layout.EncodeLine(rec)
+		}
 	}
-	meta := tx.bolt.Bucket([]byte(layout.BucketMeta))
-	rec := layout.ChangeRecord{Seq: meta.Sequence() + 1, Changes: *tx.changes}
-	if err := meta.SetSequence(rec.Seq); err != nil {
-		return nil, err
-	}
-	value, err := layout.Encode(layout.TailKey(rec.Seq), rec)
 	if err != nil {
 		return nil, err
 	}
-	if err := tail.Put([]byte(layout.TailKey(rec.Seq)), value); err != nil {
-		return nil, err
-	}
-	return layout.EncodeLine(rec)
+	return line, tx.mark(last)
+}
+
+func (tx *Tx) lastChange() (uint64, error) {
+	s, err := tx.states().Get(layout.StateKey)
+	return s.Change, err
+}
+
+// mark writes the state record of a transaction that commits.
+func (tx *Tx) mark(change uint64) error {
+	return tx.states().Put(layout.StateKey, layout.StateRecord{Commit: uint64(tx.bolt.ID()), Change: change})
 }
 
 // append writes a line whose commit is durable. What goes wrong with it is no
@@ -213,7 +219,9 @@ func logLimit(base int64) int64 { return 3*base + 4<<20 }
 func (db *DB) unlogged() (last uint64, tail map[uint64]layout.ChangeRecord, err error) {
 	tail = map[uint64]layout.ChangeRecord{}
 	err = db.View(context.Background(), func(tx *Tx) error {
-		last = tx.bolt.Bucket([]byte(layout.BucketMeta)).Sequence()
+		if last, err = tx.lastChange(); err != nil {
+			return err
+		}
 		return tx.bolt.Bucket([]byte(layout.BucketLogTail)).ForEach(func(k, v []byte) error {
 			var c layout.ChangeRecord
 			if err := layout.Decode(layout.BucketLogTail, string(k), v, &c); err != nil {
@@ -353,7 +361,9 @@ func (c *counter) Write(p []byte) (int, error) {
 // dump writes everything that is logged as the beginning of a log.
 func (db *DB) dump(w io.Writer, base int64) (last uint64, err error) {
 	err = db.View(context.Background(), func(tx *Tx) error {
-		last = tx.bolt.Bucket([]byte(layout.BucketMeta)).Sequence()
+		if last, err = tx.lastChange(); err != nil {
+			return err
+		}
 		var chunk []layout.Change
 		flush := func(c layout.ChangeRecord) error {
 			c.Seq, c.Changes = last, chunk

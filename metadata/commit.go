@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -42,8 +43,8 @@ func (db *DB) Settle(ctx context.Context) error { return db.inTurn(ctx, nil) }
 
 // inTurn waits for the commit with fn, or for nil, of all before it.
 func (db *DB) inTurn(ctx context.Context, fn func(*Tx) error) error {
-	if broken := db.broken.Load(); broken != nil {
-		return *broken
+	if err := db.broken.get(); err != nil {
+		return err
 	}
 	if err := db.root.Poisoned(); err != nil {
 		return err
@@ -55,14 +56,26 @@ func (db *DB) inTurn(ctx context.Context, fn func(*Tx) error) error {
 		return ctx.Err()
 	case <-db.closing:
 		return fmt.Errorf("the store is being closed: %w", errdefs.ErrUnavailable)
+	case <-db.broken.came:
+		return db.broken.get()
 	}
-	<-u.done
-	return u.err
+	select {
+	case <-u.done:
+		return u.err
+	case <-db.broken.came:
+	}
+	// The loop may answer, or wait for ever in bbolt. Then nobody knows what
+	// became of the update.
+	select {
+	case <-u.done:
+		return u.err
+	case <-time.After(brokenWait):
+		return db.commitFailed(db.broken.get())
+	}
 }
 
 // commitLoop is the only writer. While it commits one group the next gathers.
 func (db *DB) commitLoop() {
-	defer db.done.Done()
 	defer faulting()()
 	for {
 		select {
@@ -114,8 +127,13 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 		return failed, nil
 	}
 	var line []byte
+	var number uint64
 	err = db.guard(func() error {
 		return db.bolt.Update(func(btx *bolt.Tx) error {
+			// A write transaction has the number of its commit.
+			if err := notBefore(btx, db.committed.Load()+1); err != nil {
+				return err
+			}
 			tx := &Tx{bolt: btx, changes: new([]layout.Change)}
 			for i, u := range group {
 				if u.fn == nil {
@@ -128,14 +146,16 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 			}
 			var err error
 			line, err = db.log.stage(tx)
+			number = uint64(btx.ID())
 			return err
 		})
 	})
 	_ = db.suspect(err)
-	if err != nil && (failed < 0 || db.broken.Load() != nil) {
+	if err != nil && (failed < 0 || db.broken.get() != nil) {
 		return -1, db.commitFailed(err)
 	}
 	if err == nil {
+		db.committed.Store(number)
 		db.commits.add(len(group))
 		db.log.append(line)
 	}

@@ -3,9 +3,9 @@ package metadata
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -13,88 +13,31 @@ import (
 	"testing"
 	"time"
 
+	bolt "go.etcd.io/bbolt"
+
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
-
-// damages are the ways in which one page is made bad, each repeated with
-// other seeds.
-var damages = []struct {
-	name  string
-	times int
-	do    func(r *rand.Rand, file []byte, page int)
-}{
-	{"zero", 1, func(_ *rand.Rand, f []byte, p int) { clear(f[p*4096 : (p+1)*4096]) }},
-	{"ones", 1, func(_ *rand.Rand, f []byte, p int) {
-		for i := range 4096 {
-			f[p*4096+i] = 0xff
-		}
-	}},
-	{"noise", 1, func(r *rand.Rand, f []byte, p int) {
-		for i := range 4096 {
-			f[p*4096+i] = byte(r.Uint32())
-		}
-	}},
-	{"flip in the header", 6, func(r *rand.Rand, f []byte, p int) { f[p*4096+r.IntN(16)] ^= 1 << r.IntN(8) }},
-	{"flip in the elements", 8, func(r *rand.Rand, f []byte, p int) { f[p*4096+16+r.IntN(512)] ^= 1 << r.IntN(8) }},
-	{"flip anywhere", 8, func(r *rand.Rand, f []byte, p int) { f[p*4096+r.IntN(4096)] ^= 1 << r.IntN(8) }},
-	{"another page's bytes", 2, func(r *rand.Rand, f []byte, p int) {
-		from := r.IntN(len(f) / 4096)
-		copy(f[p*4096:(p+1)*4096], f[from*4096:(from+1)*4096])
-	}},
-	{"another page's bytes under the own number", 3, func(r *rand.Rand, f []byte, p int) {
-		from := r.IntN(len(f) / 4096)
-		copy(f[p*4096+8:(p+1)*4096], f[from*4096+8:(from+1)*4096])
-	}},
-	// The child of a branch becomes the page itself: a loop.
-	{"child is the page itself", 1, func(_ *rand.Rand, f []byte, p int) {
-		for i := range 8 {
-			f[p*4096+16+8+i] = 0
-		}
-		f[p*4096+16+8], f[p*4096+16+9] = byte(p), byte(p>>8)
-	}},
-	{"second half old", 1, func(_ *rand.Rand, f []byte, p int) { clear(f[p*4096+2048 : (p+1)*4096]) }},
-}
-
-// truncated is one more way, which takes all later pages along.
-const truncated = "truncate"
-
-// perPage is how many cases each page has.
-func perPage() int {
-	n := 1 // truncate
-	for _, d := range damages {
-		n += d.times
-	}
-	return n
-}
-
-// damage makes case number i of a database.
-func damage(file []byte, i int) (name string, bad []byte) {
-	page, kind := i/perPage(), i%perPage()
-	r := rand.New(rand.NewPCG(uint64(i), 1))
-	for _, d := range damages {
-		if kind < d.times {
-			d.do(r, file, page)
-			return fmt.Sprintf("page %d: %s, %d", page, d.name, kind), file
-		}
-		kind -= d.times
-	}
-	return fmt.Sprintf("page %d: %s", page, truncated), file[:page*4096+r.IntN(4096)]
-}
 
 const damageRecords = 500
 
 // fillDamageable makes a database with branch pages, overflow pages, free
-// pages and every kind of record that is read below.
-func fillDamageable(t *testing.T, dir string) {
+// pages and every kind of record that is read below. It returns what the file
+// was after each commit.
+func fillDamageable(t *testing.T, dir string) (old [][]byte) {
 	t.Helper()
 	root := openRoot(t, dir)
 	db, err := Open(root, Options{})
 	must(t, err)
-	for from := 0; from < damageRecords; from += 250 {
+	const each = 100
+	for from := 0; from < damageRecords; from += each {
+		data, err := os.ReadFile(filepath.Join(dir, layout.DatabaseFile))
+		must(t, err)
+		old = append(old, data)
 		doUpdate(t, db, func(tx *Tx) error {
-			for i := from; i < from+250; i++ {
+			for i := from; i < from+each; i++ {
 				if err := tx.Blobs().Put(digestOf(i), damageRecord(i)); err != nil {
 					return err
 				}
@@ -109,6 +52,7 @@ func fillDamageable(t *testing.T, dir string) {
 		})
 	}
 	must(t, db.Close())
+	return old
 }
 
 func damageRecord(i int) layout.BlobRecord {
@@ -127,16 +71,16 @@ func damageEdge(i int) layout.Edge {
 
 // outcomes of opening and using a damaged database.
 const (
-	unharmed = "everything as it was"
-	refused  = "refused when opened"
-	reported = "reported when used"
+	unharmed = "nothing is missing"
+	refused  = "noticed when opened"
+	reported = "noticed when used"
 	silent   = "records missing without a word"
 	wrong    = "WRONG"
 )
 
 // useDamaged does with a damaged database what a store does, and says what
 // came of it.
-func useDamaged(dir string) (string, error) {
+func useDamaged(dir, whole string) (string, error) {
 	root, err := durable.Open(dir)
 	if err != nil {
 		return "", err
@@ -153,6 +97,9 @@ func useDamaged(dir string) (string, error) {
 	result, err := readDamaged(db)
 	if err != nil {
 		return result, err
+	}
+	if hash, err := db.hash(); err == nil && hash != whole && result == unharmed {
+		result = silent
 	}
 	for i := 0; i < damageRecords; i += 7 {
 		err := db.Update(context.Background(), func(tx *Tx) error {
@@ -210,33 +157,30 @@ func readDamaged(db *DB) (string, error) {
 }
 
 func init() {
-	// damage FILE SCRATCH FIRST STEP works through cases and says how each
-	// ended.
+	// damage DIR SCRATCH FIRST STEP works through cases of the database in
+	// DIR and says how each ended.
 	roles["damage"] = func(args []string) error {
-		base, err := os.ReadFile(args[0])
+		files, old, err := damageFiles(args[0])
 		if err != nil {
 			return err
 		}
-		log, err := os.ReadFile(filepath.Join(filepath.Dir(args[0]), layout.LogFile))
+		whole, err := hashOf(args[0])
 		if err != nil {
 			return err
 		}
 		first, _ := strconv.Atoi(args[2])
 		step, _ := strconv.Atoi(args[3])
-		for i := first; i < len(base)/4096*perPage(); i += step {
-			name, bad := damage(append([]byte(nil), base...), i)
+		for i := first; i < testkit.PageDamages(files[layout.DatabaseFile]); i += step {
+			kind, page, bad := testkit.DamagePage(files[layout.DatabaseFile], old, i)
 			dir := filepath.Join(args[1], strconv.Itoa(i))
-			if err := os.Mkdir(dir, 0o700); err != nil {
+			err := errors.Join(os.Mkdir(dir, 0o700),
+				os.WriteFile(filepath.Join(dir, layout.DatabaseFile), bad, 0o600),
+				os.WriteFile(filepath.Join(dir, layout.LogFile), files[layout.LogFile], 0o600))
+			if err != nil {
 				return err
 			}
-			if err := os.WriteFile(filepath.Join(dir, layout.DatabaseFile), bad, 0o600); err != nil {
-				return err
-			}
-			if err := os.WriteFile(filepath.Join(dir, layout.LogFile), log, 0o600); err != nil {
-				return err
-			}
-			fmt.Printf("begin\t%d\t%s\n", i, name)
-			result, err := useDamaged(dir)
+			fmt.Printf("begin\t%d\t%s\t%d\n", i, kind, page)
+			result, err := useDamaged(dir, whole)
 			fmt.Printf("end\t%s\t%v\n", result, err)
 			if err := os.RemoveAll(dir); err != nil {
 				return err
@@ -246,75 +190,120 @@ func init() {
 	}
 }
 
+// damageFiles reads the files of a store, and its database's older states.
+func damageFiles(dir string) (files map[string][]byte, old [][]byte, err error) {
+	files = map[string][]byte{}
+	names, err := filepath.Glob(filepath.Join(dir, "*"))
+	for _, name := range names {
+		data, rerr := os.ReadFile(name)
+		if rerr != nil {
+			return nil, nil, rerr
+		}
+		files[filepath.Base(name)] = data
+		if strings.HasPrefix(filepath.Base(name), oldDatabase) {
+			old = append(old, data)
+		}
+	}
+	return files, old, err
+}
+
+// hashOf hashes everything that a database holds.
+func hashOf(dir string) (string, error) {
+	root, err := durable.Open(dir)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	db, err := Open(root, Options{})
+	if err != nil {
+		return "", err
+	}
+	defer db.Close()
+	return db.hash()
+}
+
+func (db *DB) hash() (string, error) {
+	h := sha256.New()
+	err := db.View(context.Background(), func(tx *Tx) error {
+		return tx.bolt.ForEach(func(name []byte, b *bolt.Bucket) error {
+			return b.ForEach(func(k, v []byte) error {
+				_, err := fmt.Fprintf(h, "%q %q %q\n", name, k, v)
+				return err
+			})
+		})
+	})
+	return string(h.Sum(nil)), err
+}
+
+// oldDatabase begins the names of what a database was before.
+const oldDatabase = "old-"
+
 // slowest is how long one damaged database may keep its user.
 const slowest = 10 * time.Second
 
 // TestEveryDamagedPage makes each page of a database bad in many ways. A
 // process that opens and uses it must not crash, hang, or be told anything
-// that was never stored (PROMISES 8).
-//
-// What can still be missing without a word is what stood on a leaf page that
-// now says that it has fewer elements, about one case in four hundred; fsck
-// finds it, by the change log (M4).
+// that was never stored (PROMISES 8), and no record is missing from it without
+// a word.
 func TestEveryDamagedPage(t *testing.T) {
 	base := t.TempDir()
-	fillDamageable(t, base)
-	file := filepath.Join(base, layout.DatabaseFile)
-	fi, err := os.Stat(file)
+	for i, data := range fillDamageable(t, base) {
+		must(t, os.WriteFile(filepath.Join(base, oldDatabase+strconv.Itoa(i)), data, 0o600))
+	}
+	file, err := os.ReadFile(filepath.Join(base, layout.DatabaseFile))
 	must(t, err)
-	total := int(fi.Size()) / 4096 * perPage()
 	step := 11
 	if os.Getenv("VARVE_ALL_DAMAGE") != "" {
 		step = 1
 	}
-	count := map[string]int{}
-	for next := 0; next < total; {
-		next = runDamage(t, file, next, step, count)
+	var tally testkit.Tally
+	for next := 0; next < testkit.PageDamages(file); {
+		next = runDamage(t, base, next, step, &tally)
 	}
-	t.Logf("%d pages, %d cases: %v", fi.Size()/4096, total/step, count)
-	if count[refused] == 0 || count[unharmed] == 0 {
+	t.Logf("%d pages\n%s", len(file)/4096, tally.Table("a page of a database by itself", testkit.KindsOfPageDamage(), []string{unharmed, refused, reported, silent}))
+	if tally.Total(refused) == 0 || tally.Total(unharmed) == 0 {
 		t.Error("not every sort of damage")
 	}
-	if count[silent]*200 > total/step {
-		t.Errorf("%d cases that nobody noticed", count[silent])
+	if n := tally.Total(silent); n > 0 {
+		t.Errorf("%d cases that nobody noticed", n)
 	}
 }
 
 // runDamage runs one process over the cases from next on. It returns where to
 // go on: behind the case that killed the process, or the end.
-func runDamage(t *testing.T, file string, next, step int, count map[string]int) int {
+func runDamage(t *testing.T, base string, next, step int, tally *testkit.Tally) int {
 	t.Helper()
 	scratch := t.TempDir()
 	if shm, err := os.MkdirTemp("/dev/shm", "varve-damage-"); err == nil {
 		t.Cleanup(func() { os.RemoveAll(shm) })
 		scratch = shm
 	}
-	cmd := child(t, "damage", file, scratch, strconv.Itoa(next), strconv.Itoa(step))
+	cmd := child(t, "damage", base, scratch, strconv.Itoa(next), strconv.Itoa(step))
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()
 	must(t, err)
 	must(t, cmd.Start())
 	watch := time.AfterFunc(slowest, func() { _ = cmd.Process.Kill() })
-	name, open := "", false
+	kind, page, open := "", "", false
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		watch.Reset(slowest)
 		word := strings.Split(lines.Text(), "\t")
 		if word[0] == "begin" {
 			next, _ = strconv.Atoi(word[1])
-			name, open = word[2], true
+			kind, page, open = word[2], word[3], true
 			continue
 		}
 		open = false
-		count[word[1]]++
-		if word[1] == wrong {
-			t.Errorf("%s: %s", name, word[2])
+		tally.Add(kind, word[1])
+		if word[1] == wrong || word[1] == silent {
+			t.Errorf("%s, page %s: %s: %s", kind, page, word[1], word[2])
 		}
 	}
 	watch.Stop()
 	if err := cmd.Wait(); err != nil {
 		text := stderr.String()
-		t.Errorf("case %d, %s (under way: %v): %v\n%.2000s", next, name, open, err, text)
+		t.Errorf("case %d, %s, page %s (under way: %v): %v\n%.2000s", next, kind, page, open, err, text)
 		return next + step
 	}
 	return 1 << 40

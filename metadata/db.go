@@ -26,8 +26,9 @@ type DB struct {
 	root    *durable.Root
 	path    string
 	bolt    *bolt.DB
-	file    *os.File // bbolt's own
-	broken  atomic.Pointer[error]
+	file    *os.File    // bbolt's own
+	damage  mishap      // something was found damaged
+	broken  mishap      // bbolt has panicked
 	doubt   atomic.Bool // a commit failed: it may show in the file, and be on no disk
 	meta    layout.MetaRecord
 	queue   chan *update
@@ -37,6 +38,34 @@ type DB struct {
 	commits commitCounter
 	log     *changeLog
 	rebuilt *layout.RebuiltRecord
+
+	committed atomic.Uint64 // the number of the last commit; see notBefore
+}
+
+// mishap is an error that comes once, and stays.
+type mishap struct {
+	once sync.Once
+	came chan struct{}
+	err  error // set when came is closed
+}
+
+func newMishap() mishap { return mishap{came: make(chan struct{})} }
+
+func (m *mishap) set(err error) {
+	m.once.Do(func() {
+		m.err = err
+		close(m.came)
+	})
+}
+
+// get returns nil until the error is set.
+func (m *mishap) get() error {
+	select {
+	case <-m.came:
+		return m.err
+	default:
+		return nil
+	}
 }
 
 // Options for [Open].
@@ -91,25 +120,47 @@ func open(root *durable.Root, opts Options) (*DB, error) {
 		}
 		b, file, err = create(root)
 	}
+	suspected := false
 	if errors.Is(err, errMade) {
-		b, file, err = openBolt(path, opts.LockTimeout, checkPages)
+		b, file, err = openBolt(path, opts.LockTimeout, func(f *os.File) error {
+			suspected = stands(root, layout.SuspectFile)
+			return checkPages(f, suspected)
+		})
 	}
 	if err != nil {
 		return nil, err
 	}
-	db := &DB{root: root, path: path, bolt: b, file: file, queue: make(chan *update), closing: make(chan struct{})}
-	if err := db.check(); err != nil {
+	db := &DB{
+		root: root, path: path, bolt: b, file: file, queue: make(chan *update), closing: make(chan struct{}),
+		damage: newMishap(), broken: newMishap(),
+	}
+	if err := db.start(suspected); err != nil {
 		return nil, errors.Join(err, db.shut())
 	}
-	if err := db.checkRecords(); err != nil {
-		return nil, errors.Join(err, db.shut())
+	return db, nil
+}
+
+// start makes a database ready that bbolt has open.
+func (db *DB) start(suspected bool) error {
+	if err := db.check(); err != nil {
+		return err
+	}
+	if suspected { // everything was read, and is well
+		if err := db.root.Remove(layout.SuspectFile); err != nil {
+			return err
+		}
+	}
+	if db.meta.Format != layout.FormatVersion {
+		if err := db.migrate(); err != nil {
+			return err
+		}
 	}
 	if err := db.openLog(); err != nil {
-		return nil, errors.Join(err, db.shut())
+		return err
 	}
-	db.done.Add(1)
-	go db.commitLoop()
-	return db, nil
+	db.done.Go(db.commitLoop)
+	db.done.Go(func() { db.watch(db.firstWatch(suspected)) })
+	return nil
 }
 
 // Meta returns the store's own record.
@@ -121,16 +172,38 @@ func (db *DB) Close() error {
 	var err error
 	db.closed.Do(func() {
 		close(db.closing)
-		db.done.Wait()
+		db.wait()
 		err = errors.Join(db.log.close(), db.shut())
 	})
 	return err
 }
 
+// brokenWait bounds the wait for a goroutine that may have met a lock of
+// bbolt's that nobody lets go of.
+const brokenWait = 2 * time.Second
+
+// wait waits for the goroutines that work for db.
+func (db *DB) wait() {
+	ended := make(chan struct{})
+	go func() {
+		db.done.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		return
+	case <-db.broken.came:
+	}
+	select {
+	case <-ended:
+	case <-time.After(brokenWait):
+	}
+}
+
 // shut closes bbolt. One that has panicked may hold its locks for ever, and
 // is only made to let go of the file.
 func (db *DB) shut() error {
-	if db.broken.Load() != nil {
+	if db.broken.get() != nil {
 		unlock(db.file)
 		return nil
 	}
@@ -166,19 +239,39 @@ func (db *DB) View(ctx context.Context, fn func(*Tx) error) error {
 		return db.root.Poisoned()
 	}
 	defer faulting()()
+	floor := db.committed.Load()
 	return db.suspect(db.guard(func() error {
 		return db.bolt.View(func(tx *bolt.Tx) error {
+			if err := notBefore(tx, floor); err != nil {
+				return err
+			}
 			return protect(func() error { return fn(&Tx{bolt: tx}) })
 		})
 	}))
 }
 
+// notBefore finds a database that has gone back: bbolt does that without a
+// word when the meta page of its last commit is damaged.
+func notBefore(tx *bolt.Tx, commit uint64) error {
+	if now := uint64(tx.ID()); now < commit {
+		return &errdefs.Corrupt{Invariant: "M5", Object: "database", Detail: fmt.Sprintf("it has gone back from commit %d to %d", commit, now)}
+	}
+	return nil
+}
+
+// Damaged returns a channel that closes when something of the open database
+// turns out damaged: it should be closed and opened again, which makes it anew.
+func (db *DB) Damaged() <-chan struct{} { return db.damage.came }
+
+// Damage says what closed [DB.Damaged]; nil before.
+func (db *DB) Damage() error { return db.damage.get() }
+
 // guard runs a whole transaction of bbolt. A panic that comes through it left
 // bbolt's locks as they were: nothing is asked of it again, since the next
 // call might wait for ever.
 func (db *DB) guard(transaction func() error) error {
-	if broken := db.broken.Load(); broken != nil {
-		return *broken
+	if err := db.broken.get(); err != nil {
+		return err
 	}
 	var ran error
 	err := protect(func() error {
@@ -186,7 +279,7 @@ func (db *DB) guard(transaction func() error) error {
 		return nil
 	})
 	if err != nil {
-		db.broken.CompareAndSwap(nil, &err)
+		db.broken.set(err)
 		return err
 	}
 	return ran

@@ -90,7 +90,7 @@ func checkFile(t testing.TB, path string) {
 		return // a test that removed it
 	}
 	defer f.Close()
-	if err := checkPages(f); err != nil {
+	if err := checkPages(f, true); err != nil {
 		t.Error(err)
 	}
 	b, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: time.Second})

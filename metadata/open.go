@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"slices"
 	"strings"
 	"time"
 
@@ -87,10 +86,22 @@ func openBolt(path string, wait time.Duration, ready func(*os.File) error) (b *b
 		// Counting costs every transaction a lock that all share.
 		NoStatistics: true,
 		// The file is as long as the map, and each time that it grows is a
-		// flush more for the commit that needs it.
-		InitialMmapSize: firstLength,
+		// flush more for the commit that needs it. And to map a file that has
+		// outgrown its map bbolt waits until nobody reads, which may be long:
+		// see [DB.watch].
+		InitialMmapSize: mapSize(path),
 	})
 	return b, file, openError(path, err)
+}
+
+// mapSize leaves a large database room to grow to twice its size. A map of
+// what is not there yet takes nothing but addresses.
+func mapSize(path string) int {
+	fi, err := os.Stat(path)
+	if err != nil || fi.Size() <= maxPagesRead*int64(os.Getpagesize()) {
+		return firstLength
+	}
+	return 2 * int(fi.Size())
 }
 
 // openError gives what came of opening a database its kind.
@@ -165,19 +176,19 @@ func publish(root *durable.Root, b *bolt.DB) error {
 	return nil
 }
 
-// fill makes the buckets and the store's own record.
-func fill(tx *bolt.Tx) error {
+// fill makes the buckets and the store's own records.
+func fill(btx *bolt.Tx) error {
 	for _, name := range layout.Buckets() {
-		if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
+		if _, err := btx.CreateBucketIfNotExists([]byte(name)); err != nil {
 			return err
 		}
 	}
+	tx := &Tx{bolt: btx}
 	meta := layout.MetaRecord{Format: layout.FormatVersion, ID: layout.NewID(), Created: time.Now().UTC()}
-	value, err := layout.Encode(layout.MetaKey, meta)
-	if err != nil {
+	if err := tx.metas().Put(layout.MetaKey, meta); err != nil {
 		return err
 	}
-	return tx.Bucket([]byte(layout.BucketMeta)).Put([]byte(layout.MetaKey), value)
+	return tx.mark(0)
 }
 
 // check is the bounded look at a database that is being opened: the buckets
@@ -189,71 +200,83 @@ func (db *DB) check() error {
 				return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: "bucket " + name + " is missing"}
 			}
 		}
-		meta, err := table[string, layout.MetaRecord](tx, layout.BucketMeta).Get(layout.MetaKey)
-		if err != nil {
+		var err error
+		if db.meta, err = tx.metas().Get(layout.MetaKey); err != nil {
 			return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: err.Error()}
 		}
-		if meta.Format != layout.FormatVersion {
-			return fmt.Errorf("store %s has format %d, this varve knows format %d: %w",
-				db.root.Path("."), meta.Format, layout.FormatVersion, errdefs.ErrFailedPrecondition)
+		switch db.meta.Format {
+		case formatWithoutSums:
+			return nil
+		case layout.FormatVersion:
+			return tx.checkState()
 		}
-		db.meta = meta
-		return nil
+		return fmt.Errorf("store %s has format %d, this varve knows format %d: %w",
+			db.root.Path("."), db.meta.Format, layout.FormatVersion, errdefs.ErrFailedPrecondition)
 	})
 }
 
-// checkRecords compares every value with its checksum, and the two halves of
-// every edge. A large database is looked at like this only if something in it
-// was found damaged before.
-func (db *DB) checkRecords() error {
-	suspected := stands(db.root, layout.SuspectFile)
-	if fi, err := db.file.Stat(); err != nil || !suspected && fi.Size() > maxPagesRead*int64(os.Getpagesize()) {
-		return err
+// checkState finds a database whose pages are older than its meta page.
+func (tx *Tx) checkState() error {
+	state, err := tx.states().Get(layout.StateKey)
+	if err == nil && state.Commit != uint64(tx.bolt.ID()) {
+		err = fmt.Errorf("it is of commit %d, the database of %d", state.Commit, tx.bolt.ID())
 	}
-	err := db.View(context.Background(), func(tx *Tx) error {
-		keysOnly := []string{layout.BucketEdges, layout.BucketEdgesBack, layout.BucketCacheByUse}
-		for _, name := range layout.Buckets() {
-			if slices.Contains(keysOnly, name) {
-				continue
-			}
-			err := tx.bolt.Bucket([]byte(name)).ForEach(func(k, v []byte) error { return layout.CheckSum(name, string(k), v) })
-			if err != nil {
-				return err
-			}
-		}
-		return errors.Join(
-			tx.checkHalves(layout.BucketEdges, layout.ParseEdge, layout.BucketEdgesBack, layout.Edge.BackKey),
-			tx.checkHalves(layout.BucketEdgesBack, layout.ParseBackEdge, layout.BucketEdges, layout.Edge.Key),
-		)
-	})
-	if err == nil && suspected {
-		err = db.root.Remove(layout.SuspectFile)
+	if err != nil {
+		return &errdefs.Corrupt{Invariant: "M5", Object: "state record", Detail: err.Error()}
 	}
-	return err
+	return nil
 }
 
-func (tx *Tx) checkHalves(bucket string, parse func([]byte) (layout.Edge, error), other string, key func(layout.Edge) []byte) error {
-	halves := tx.bolt.Bucket([]byte(other))
-	return tx.bolt.Bucket([]byte(bucket)).ForEach(func(k, _ []byte) error {
-		e, err := parse(k)
-		if err == nil && halves.Get(key(e)) == nil {
-			err = fmt.Errorf("edge %q stands in %s alone", k, bucket)
+// formatWithoutSums is the one before layout.FormatVersion: the sequence of
+// its bucket meta is the number of the last change, the others have none.
+const formatWithoutSums = 1
+
+// migrate gives the buckets of such a store their sums.
+func (db *DB) migrate() error {
+	defer faulting()()
+	err := db.guard(func() error { return db.bolt.Update(db.addSums) })
+	if err != nil {
+		return fmt.Errorf("store %s, from format %d to %d: %w", db.root.Path("."), formatWithoutSums, layout.FormatVersion, db.commitFailed(err))
+	}
+	return nil
+}
+
+func (db *DB) addSums(btx *bolt.Tx) error {
+	tx := &Tx{bolt: btx}
+	last := btx.Bucket([]byte(layout.BucketMeta)).Sequence()
+	for _, name := range layout.Buckets() {
+		b, sum := btx.Bucket([]byte(name)), uint64(0)
+		err := b.ForEach(func(k, v []byte) error {
+			sum += layout.EntrySum(k, v)
+			return nil
+		})
+		if err == nil {
+			err = b.SetSequence(sum)
 		}
 		if err != nil {
-			return &errdefs.Corrupt{Invariant: "M3", Object: "bucket " + bucket, Detail: err.Error()}
+			return err
 		}
-		return nil
-	})
+	}
+	db.meta.Format = layout.FormatVersion
+	if err := tx.metas().Put(layout.MetaKey, db.meta); err != nil {
+		return err
+	}
+	return tx.mark(last)
 }
 
 // suspect leaves a note for the next opening if err is damage of the database,
-// and returns err.
+// tells whoever waits for [DB.Damaged], and returns err.
 func (db *DB) suspect(err error) error {
-	if c := errdefs.AsCorrupt(err); c != nil && strings.HasPrefix(c.Invariant, "M") && !stands(db.root, layout.SuspectFile) {
+	c := errdefs.AsCorrupt(err)
+	if c == nil || !strings.HasPrefix(c.Invariant, "M") {
+		return err
+	}
+	if !stands(db.root, layout.SuspectFile) {
 		// The store may be poisoned, or the disk full: then the next
 		// opening has to find it by itself.
 		_ = db.root.WriteFile(layout.SuspectFile, []byte(c.Error()+"\n"), 0o600)
 	}
+	db.damage.set(err)
 	return err
 }
 

@@ -2,13 +2,12 @@ package metadata
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"os"
 
 	"golang.org/x/sys/unix"
-
-	"varve.dev/errdefs"
 )
 
 // The page format of bbolt 1.x (internal/common/page.go, meta.go). It is read
@@ -31,11 +30,6 @@ const (
 	noFreelist      = ^uint64(0)
 )
 
-// maxPagesRead is how many pages (16 MiB of them) a database may have whose
-// leaves are read when it is opened. Of a larger one only the branch pages are,
-// about one in a hundred.
-const maxPagesRead = 4096
-
 // maxDepth is more than any tree has: a hundred children a page would make it
 // larger than any disk.
 const maxDepth = 16
@@ -46,64 +40,29 @@ type pageChecker struct {
 	pageSize uint64
 	high     uint64 // pages from here on do not exist
 	used     []uint64
-	leaves   bool // leaves are read too
-}
-
-// checkPages looks at what makes a file walkable: its length, the free list,
-// and the branch pages, each referred to once. It returns Corrupt (M2). Damage
-// inside the leaves of a large database is found when they are read.
-func checkPages(f *os.File) error {
-	fi, err := f.Stat()
-	if err != nil {
-		return fmt.Errorf("database %s: %w: %w", f.Name(), err, errdefs.ErrUnavailable)
-	}
-	c := &pageChecker{file: f}
-	if err := c.check(fi.Size()); err != nil {
-		return &errdefs.Corrupt{Invariant: "M2", Object: "database " + f.Name(), Detail: err.Error()}
-	}
-	return nil
+	leaves   bool                  // leaves are read too
+	pace     func(bytes int) error // told of what is read; may be nil
 }
 
 // meta is what is needed of a meta page.
 type meta struct{ pageSize, root, freelist, high, txid uint64 }
 
-func (c *pageChecker) check(size int64) error {
-	m, err := c.newestMeta()
-	if err != nil {
-		return err
-	}
-	c.pageSize, c.high = m.pageSize, m.high
-	// Compared as a quotient: the product of damaged numbers overflows.
-	if have := uint64(size) / m.pageSize; have < m.high {
-		return fmt.Errorf("the file has %d pages, its meta page says %d", have, m.high)
-	}
-	c.leaves = m.high <= maxPagesRead
-	c.used = make([]uint64, m.high/64+1)
-	if m.freelist != noFreelist {
-		if err := c.checkFreelist(m.freelist); err != nil {
-			return err
-		}
-	}
-	return c.checkRoot(m.root)
-}
-
-// newestMeta chooses as bbolt does.
+// newestMeta returns the newer meta page. bbolt makes do with one that is
+// valid; but the other may be the newer one, and with it a commit is gone. A
+// power cut does not leave such a page: what counts of it is in one sector.
 func (c *pageChecker) newestMeta() (meta, error) {
-	var best meta
-	found := false
-	sizes := []uint64{uint64(os.Getpagesize())}
-	if m, ok := c.readMeta(0); ok {
-		best, found, sizes = m, true, []uint64{m.pageSize}
+	first, ok := c.readMeta(0)
+	if !ok {
+		return meta{}, errors.New("meta page 0 is not valid")
 	}
-	for _, s := range sizes {
-		if m, ok := c.readMeta(s); ok && (!found || m.txid > best.txid) {
-			best, found = m, true
-		}
+	second, ok := c.readMeta(first.pageSize)
+	if !ok {
+		return meta{}, errors.New("meta page 1 is not valid")
 	}
-	if !found {
-		return meta{}, fmt.Errorf("neither meta page is valid")
+	if second.txid > first.txid {
+		return second, nil
 	}
-	return best, nil
+	return first, nil
 }
 
 func (c *pageChecker) readMeta(off uint64) (meta, bool) {
@@ -136,6 +95,11 @@ func (c *pageChecker) read(id uint64, flags uint16) (page, error) {
 	buf := make([]byte, c.pageSize)
 	if _, err := c.file.ReadAt(buf, int64(id*c.pageSize)); err != nil {
 		return page{}, fmt.Errorf("page %d: %w", id, err)
+	}
+	if c.pace != nil {
+		if err := c.pace(len(buf)); err != nil {
+			return page{}, err
+		}
 	}
 	p := page{id: id, flags: le16(buf[8:]), count: int(le16(buf[10:]))}
 	overflow := uint64(le32(buf[12:]))
@@ -206,38 +170,6 @@ func (c *pageChecker) checkFreelist(id uint64) error {
 	return nil
 }
 
-// checkRoot walks the bucket of buckets, whose leaves say where the others
-// begin, and then those.
-func (c *pageChecker) checkRoot(root uint64) error {
-	var roots []uint64
-	collect := func(p page, i int) error {
-		flags, _, value, err := leafElement(p, i)
-		if err != nil || flags&bucketLeafFlag == 0 {
-			return err
-		}
-		if len(value) < bucketHeaderLen {
-			return fmt.Errorf("page %d: bucket header of %d bytes", p.id, len(value))
-		}
-		if r := le64(value); r != 0 { // 0: the bucket is inline
-			roots = append(roots, r)
-		}
-		return nil
-	}
-	if err := c.walk(root, 0, -1, collect); err != nil {
-		return err
-	}
-	for _, r := range roots {
-		depth, err := c.depth(r)
-		if err != nil {
-			return err
-		}
-		if err := c.walk(r, 0, depth, nil); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // depth is the number of branch pages above each leaf of the tree; all leaves
 // of a tree are equally deep.
 func (c *pageChecker) depth(id uint64) (int, error) {
@@ -257,10 +189,18 @@ func (c *pageChecker) depth(id uint64) (int, error) {
 	return 0, fmt.Errorf("page %d is more than %d deep", id, maxDepth)
 }
 
+// place is where in a tree a page stands: how deep, and between which keys its
+// own lie. No upper key means no bound.
+type place struct {
+	depth       int
+	from, until []byte
+}
+
 // walk checks the pages at and below id. leafDepth is where the leaves are, or
-// -1 to read every page; a leaf that is not read is only claimed.
-func (c *pageChecker) walk(id uint64, depth, leafDepth int, each func(page, int) error) error {
-	if depth >= maxDepth {
+// -1 to read every page; a leaf that is not read is only claimed. each is told
+// of every entry of the leaves.
+func (c *pageChecker) walk(id uint64, at place, leafDepth int, each func(entry) error) error {
+	if at.depth >= maxDepth {
 		return fmt.Errorf("page %d is more than %d deep", id, maxDepth)
 	}
 	if err := c.claim(id); err != nil {
@@ -269,7 +209,7 @@ func (c *pageChecker) walk(id uint64, depth, leafDepth int, each func(page, int)
 	want := uint16(pageBranch)
 	if leafDepth < 0 {
 		want = pageBranch | pageLeaf
-	} else if depth >= leafDepth {
+	} else if at.depth >= leafDepth {
 		if !c.leaves {
 			return nil
 		}
@@ -279,45 +219,61 @@ func (c *pageChecker) walk(id uint64, depth, leafDepth int, each func(page, int)
 	if err != nil {
 		return err
 	}
-	return c.walkElements(p, depth, leafDepth, each)
+	if p.flags == pageLeaf {
+		return p.entries(at, each)
+	}
+	return c.branch(p, at, leafDepth, each)
 }
 
-// walkElements checks that keys lie in the page and in order, and goes on
-// below a branch.
-func (c *pageChecker) walkElements(p page, depth, leafDepth int, each func(page, int) error) error {
-	if p.flags == pageBranch && depth+1 < leafDepth {
+// branch checks a branch page's keys and goes on below it.
+func (c *pageChecker) branch(p page, at place, leafDepth int, each func(entry) error) error {
+	if c.leaves || at.depth+1 < leafDepth {
 		c.prefetch(p)
 	}
-	var last []byte
-	for i := range p.count {
-		var key []byte
-		var child uint64
-		var err error
-		if p.flags == pageLeaf {
-			_, key, _, err = leafElement(p, i)
-		} else {
-			child, key, err = branchElement(p, i)
-		}
-		if err != nil {
-			return err
-		}
-		if i > 0 && string(key) <= string(last) {
-			return fmt.Errorf("page %d: keys are not in order at element %d", p.id, i)
-		}
-		last = key
-		if p.flags == pageBranch {
-			err = c.walk(child, depth+1, leafDepth, each)
-		} else if each != nil {
-			err = each(p, i)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	if p.flags == pageBranch && p.count == 0 {
+	if p.count == 0 {
 		return fmt.Errorf("branch page %d is empty", p.id)
 	}
+	for i := range p.count {
+		child, key, err := branchElement(p, i)
+		below := place{depth: at.depth + 1, from: key, until: at.until}
+		if err == nil && i+1 < p.count {
+			_, below.until, err = branchElement(p, i+1)
+		}
+		if err == nil && (!at.holds(key) || i+1 < p.count && string(key) >= string(below.until)) {
+			err = fmt.Errorf("branch page %d: keys are not in order at element %d", p.id, i)
+		}
+		if err == nil {
+			err = c.walk(child, below, leafDepth, each)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// entries checks that the keys of a leaf lie in the page, in order and where
+// they are looked for.
+func (p page) entries(at place, each func(entry) error) error {
+	var last []byte
+	for i := range p.count {
+		e, err := leafElement(p, i)
+		if err != nil {
+			return err
+		}
+		if i > 0 && string(e.key) <= string(last) || !at.holds(e.key) {
+			return fmt.Errorf("page %d: keys are not in order at element %d", p.id, i)
+		}
+		last = e.key
+		if err := each(e); err != nil {
+			return fmt.Errorf("page %d: %w", p.id, err)
+		}
+	}
+	return nil
+}
+
+func (at place) holds(key []byte) bool {
+	return string(key) >= string(at.from) && (at.until == nil || string(key) < string(at.until))
 }
 
 // prefetch has the kernel read the children of a branch at once: one after the
@@ -342,22 +298,29 @@ func branchElement(p page, i int) (child uint64, key []byte, err error) {
 	return le64(e[8:]), key, err
 }
 
-func leafElement(p page, i int) (flags uint32, key, value []byte, err error) {
+// entry is one element of a leaf.
+type entry struct {
+	bucket     bool // value is a bucket's header, and its page if it is inline
+	key, value []byte
+}
+
+func leafElement(p page, i int) (entry, error) {
 	at := pageHeaderLen + i*elementLen
 	if at+elementLen > len(p.data) {
-		return 0, nil, nil, fmt.Errorf("page %d has no room for its %d elements", p.id, p.count)
+		return entry{}, fmt.Errorf("page %d has no room for its %d elements", p.id, p.count)
 	}
 	e := p.data[at:]
 	flags, pos, klen, vlen := le32(e), le32(e[4:]), le32(e[8:]), le32(e[12:])
 	if flags > bucketLeafFlag {
-		return 0, nil, nil, fmt.Errorf("page %d: element %d has flags %#x", p.id, i, flags)
+		return entry{}, fmt.Errorf("page %d: element %d has flags %#x", p.id, i, flags)
 	}
-	if key, err = cut(p, at, pos, klen); err != nil {
-		return 0, nil, nil, err
+	key, err := cut(p, at, pos, klen)
+	if err != nil {
+		return entry{}, err
 	}
 	// Added in 64 bits: both come from the disk.
-	value, err = cutAt(p, uint64(at)+uint64(pos)+uint64(klen), vlen)
-	return flags, key, value, err
+	value, err := cutAt(p, uint64(at)+uint64(pos)+uint64(klen), vlen)
+	return entry{bucket: flags == bucketLeafFlag, key: key, value: value}, err
 }
 
 func cut(p page, at int, pos, n uint32) ([]byte, error) {

@@ -13,6 +13,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"varve.dev/durable"
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 )
 
@@ -30,11 +31,16 @@ func rebuild(root *durable.Root, why error) error {
 	}
 	r.report = layout.RebuiltRecord{When: time.Now().UTC(), Why: why.Error()}
 	r.readLog()
-	r.check()
-	if err := r.adopt(); err != nil {
-		return fmt.Errorf("rebuild the database: %w", err)
+	r.decode()
+	err := r.takeBack()
+	if err == nil {
+		r.check()
+		err = r.adopt()
 	}
-	if err := r.write(); err != nil {
+	if err == nil {
+		err = r.write()
+	}
+	if err != nil {
 		return fmt.Errorf("rebuild the database: %w", err)
 	}
 	return nil
@@ -119,15 +125,50 @@ func decodeAll[K ~string, R any](r *rebuilder, bucket string) map[K]R {
 	return out
 }
 
-// check drops what the disk has not, and what stood on it.
-func (r *rebuilder) check() {
-	rec := &records{
+func (r *rebuilder) decode() {
+	r.records = &records{
 		blobs: decodeAll[layout.BlobDigest, layout.BlobRecord](r, layout.BucketBlobs), layers: decodeAll[layout.LayerID, layout.LayerRecord](r, layout.BucketLayers),
 		snapshots: decodeAll[layout.SnapshotKey, layout.SnapshotRecord](r, layout.BucketSnapshots), images: decodeAll[string, layout.ImageRecord](r, layout.BucketImages),
 		containers: decodeAll[layout.ContainerID, layout.ContainerRecord](r, layout.BucketContainers), cache: decodeAll[string, layout.CacheRecord](r, layout.BucketCache),
 		edges: map[layout.Edge]bool{},
 	}
-	r.records = rec
+}
+
+// takeBack returns writable layers to their place that were being committed: a
+// commit renames before it records, and its intent is lost. Those that nothing
+// holds were a build step's.
+func (r *rebuilder) takeBack() error {
+	held := map[layout.Node]bool{}
+	for key := range r.state[layout.BucketEdges] {
+		if e, err := layout.ParseEdge([]byte(key)); err == nil {
+			held[e.Child] = true
+		}
+	}
+	var changed []string
+	for key, s := range r.records.snapshots {
+		active, made := layout.ActivePath(s.Layer), layout.LayerPath(s.Layer)
+		_, known := r.records.layers[s.Layer]
+		if s.Kind != layout.SnapshotActive || !held[layout.SnapshotNode(key)] || known || r.isDir(active) || !r.isDir(path.Join(made, layout.TreeDir)) {
+			continue
+		}
+		work := path.Join(made, layout.WorkDir)
+		if err := r.root.Mkdir(work, 0o711); err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) {
+			return err
+		}
+		if err := r.root.Rename(made, active); err != nil {
+			return err
+		}
+		changed = append(changed, active)
+	}
+	if len(changed) == 0 {
+		return nil
+	}
+	return r.root.SyncNames(append(changed, layout.ActiveDir, layout.LayersDir)...)
+}
+
+// check drops what the disk has not, and what stood on it.
+func (r *rebuilder) check() {
+	rec := r.records
 	for d, b := range rec.blobs {
 		if size, ok := r.size(layout.BlobPath(d)); !ok || size != b.Size {
 			r.lost("blob %s", d)
@@ -283,8 +324,7 @@ func (r *rebuilder) fill(btx *bolt.Tx) error {
 }
 
 func (r *rebuilder) fillMeta(tx *Tx) error {
-	meta := table[string, layout.MetaRecord](tx, layout.BucketMeta)
-	own, err := meta.Get(layout.MetaKey)
+	own, err := tx.metas().Get(layout.MetaKey)
 	if err != nil {
 		return err
 	}
@@ -295,10 +335,9 @@ func (r *rebuilder) fillMeta(tx *Tx) error {
 	slices.Sort(r.report.Lost)
 	slices.Sort(r.report.Kept)
 	return errors.Join(
-		meta.Put(layout.MetaKey, own),
-		table[string, layout.RebuiltRecord](tx, layout.BucketMeta).Put(layout.RebuiltKey, r.report),
-		// Past every number in the log: it is written anew.
-		tx.bolt.Bucket([]byte(layout.BucketMeta)).SetSequence(r.last+1),
+		tx.metas().Put(layout.MetaKey, own),
+		tx.rebuilds().Put(layout.RebuiltKey, r.report),
+		tx.mark(r.last+1), // past every number in the log: it is written anew
 	)
 }
 

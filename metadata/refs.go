@@ -19,10 +19,10 @@ func (tx *Tx) Link(e layout.Edge) error {
 		}
 	}
 	tx.noteEdge(e, edgeThere)
-	if err := tx.bolt.Bucket([]byte(layout.BucketEdges)).Put(e.Key(), nil); err != nil {
+	if err := put(tx.bolt.Bucket([]byte(layout.BucketEdges)), e.Key(), nil); err != nil {
 		return err
 	}
-	return tx.bolt.Bucket([]byte(layout.BucketEdgesBack)).Put(e.BackKey(), nil)
+	return put(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey(), nil)
 }
 
 // Unlink takes an edge away, and then its child if nothing refers to it any
@@ -38,10 +38,10 @@ func (tx *Tx) Unlink(e layout.Edge) error {
 // cut removes both directions of an edge.
 func (tx *Tx) cut(e layout.Edge) error {
 	tx.noteEdge(e, nil)
-	if err := tx.bolt.Bucket([]byte(layout.BucketEdges)).Delete(e.Key()); err != nil {
+	if err := remove(tx.bolt.Bucket([]byte(layout.BucketEdges)), e.Key()); err != nil {
 		return err
 	}
-	return tx.bolt.Bucket([]byte(layout.BucketEdgesBack)).Delete(e.BackKey())
+	return remove(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey())
 }
 
 // Referenced tells whether any edge ends at n.

@@ -58,22 +58,34 @@ func (tx *Tx) Intents() Table[layout.IntentID, layout.IntentRecord] {
 	return table[layout.IntentID, layout.IntentRecord](tx, layout.BucketIntents)
 }
 
-// Rebuilt returns what is recorded of the last rebuilding of the database;
-// nothing if it was never rebuilt.
-func (tx *Tx) Rebuilt() (layout.RebuiltRecord, error) {
-	rec, err := table[string, layout.RebuiltRecord](tx, layout.BucketMeta).Get(layout.RebuiltKey)
-	if errors.Is(err, errdefs.ErrNotFound) {
-		err = nil
-	}
-	return rec, err
-}
-
 func (tx *Tx) Sweeps() Table[string, layout.SweepRecord] {
 	return table[string, layout.SweepRecord](tx, layout.BucketSweeps)
 }
 
 func (tx *Tx) layerKeys() Table[string, layout.LayerID] {
 	return table[string, layout.LayerID](tx, layout.BucketLayerKeys)
+}
+
+func (tx *Tx) metas() Table[string, layout.MetaRecord] {
+	return table[string, layout.MetaRecord](tx, layout.BucketMeta)
+}
+
+func (tx *Tx) states() Table[string, layout.StateRecord] {
+	return table[string, layout.StateRecord](tx, layout.BucketMeta)
+}
+
+func (tx *Tx) rebuilds() Table[string, layout.RebuiltRecord] {
+	return table[string, layout.RebuiltRecord](tx, layout.BucketMeta)
+}
+
+// Rebuilt returns what is recorded of the last rebuilding of the database;
+// nothing if it was never rebuilt.
+func (tx *Tx) Rebuilt() (layout.RebuiltRecord, error) {
+	rec, err := tx.rebuilds().Get(layout.RebuiltKey)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		err = nil
+	}
+	return rec, err
 }
 
 // Get returns the record under key. Errors: ErrNotFound, Corrupt (M1).
@@ -100,14 +112,14 @@ func (t Table[K, R]) Put(key K, rec R) error {
 		return err
 	}
 	t.tx.note(t.name, string(key), layout.Body(value))
-	return t.bucket.Put([]byte(key), value)
+	return put(t.bucket, []byte(key), value)
 }
 
 // Delete takes the record under key away; one that is not there is no error.
 // Its edges are the caller's: see [Tx.Drop] for a record with all it holds.
 func (t Table[K, R]) Delete(key K) error {
 	t.tx.note(t.name, string(key), nil)
-	return t.bucket.Delete([]byte(key))
+	return remove(t.bucket, []byte(key))
 }
 
 // Each calls fn for every record whose key begins with prefix, in the order
@@ -160,6 +172,37 @@ func (tx *Tx) dropLayerKey(id layout.LayerID, rec layout.LayerRecord) error {
 		return nil
 	}
 	return tx.layerKeys().Delete(key)
+}
+
+// put stores an entry, and remove takes one away: every entry of the database,
+// so that the sums of the buckets are right (M5).
+func put(b *bolt.Bucket, key, value []byte) error {
+	sum := b.Sequence() + layout.EntrySum(key, value)
+	if old, ok := lookUp(b, key); ok {
+		sum -= layout.EntrySum(key, old)
+	}
+	if err := b.Put(key, value); err != nil {
+		return err
+	}
+	return b.SetSequence(sum)
+}
+
+func remove(b *bolt.Bucket, key []byte) error {
+	old, ok := lookUp(b, key)
+	if !ok {
+		return nil
+	}
+	sum := b.Sequence() - layout.EntrySum(key, old)
+	if err := b.Delete(key); err != nil {
+		return err
+	}
+	return b.SetSequence(sum)
+}
+
+// lookUp finds an entry. bbolt's Get may return nil for an empty value.
+func lookUp(b *bolt.Bucket, key []byte) (value []byte, ok bool) {
+	k, v := b.Cursor().Seek(key)
+	return v, k != nil && bytes.Equal(k, key)
 }
 
 // Empty tells whether the table has no records.

@@ -21,6 +21,12 @@ import (
 // who answered it has ended. It is an ErrUnavailable too.
 var ErrCutOff = fmt.Errorf("the answer was cut off: %w", errdefs.ErrUnavailable)
 
+// ErrReopened is the error of a call that came upon a damaged database, or was
+// cut short because of it: the store is being opened again, which makes the
+// database anew, and the call may be made once more. It is an ErrUnavailable
+// too.
+var ErrReopened = fmt.Errorf("the store's database is damaged and is being made anew: %w", errdefs.ErrUnavailable)
+
 // Client is a [Backend] behind a unix socket.
 type Client struct {
 	http   *http.Client

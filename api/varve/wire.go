@@ -35,7 +35,8 @@ var kinds = []struct {
 	{"already-exists", errdefs.ErrAlreadyExists},
 	{"invalid-argument", errdefs.ErrInvalidArgument},
 	{"failed-precondition", errdefs.ErrFailedPrecondition},
-	{"poisoned", errdefs.ErrPoisoned}, // before its own kind, "unavailable"
+	{"poisoned", errdefs.ErrPoisoned}, // before their own kind, "unavailable"
+	{"reopened", ErrReopened},
 	{"unavailable", errdefs.ErrUnavailable},
 	{"not-implemented", errdefs.ErrNotImplemented},
 	{"data-loss", errdefs.ErrDataLoss},

@@ -34,22 +34,27 @@ func newDaemon(g *globals) *cobra.Command {
 					return err
 				}
 			}
-			e, err := daemon.Open(ctx, daemon.Options{Root: c.Root, State: c.State})
+			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State}, func(line string) {
+				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
+			})
 			if err != nil {
 				return err
 			}
-			for _, line := range e.Rebuilt() {
+			for _, line := range k.Rebuilt() {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
 			}
-			server, err := daemon.Listen(socket, e)
+			server, err := daemon.Listen(socket, k)
 			if err != nil {
-				return errors.Join(err, e.Close(ctx))
+				return errors.Join(err, k.Close(ctx))
 			}
 			fmt.Fprintf(cmd.ErrOrStderr(), "varve: serving %s on unix://%s\n", c.Root, socket)
-			<-ctx.Done()
+			select {
+			case <-ctx.Done():
+			case err = <-k.Failed():
+			}
 			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 			defer cancel()
-			return errors.Join(server.Close(end), e.Close(end))
+			return errors.Join(err, server.Close(end), k.Close(end))
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", "", "socket to serve on, unix:///path (default: "+daemon.DaemonSocket+" in the state directory)")

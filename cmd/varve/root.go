@@ -97,10 +97,18 @@ const leaveTimeout = 24 * time.Hour
 const leaveNotice = 2 * time.Second
 
 // again is with for what may be done twice: when the process that had the store
-// open for this one is killed, another way to the store is looked for.
+// open for this one is killed, another way to the store is looked for; when the
+// database turns out damaged, it is tried with the one that is made anew.
 func (g *globals) again(ctx context.Context, fn func(context.Context, *daemon.Joined) error) error {
 	for {
-		err := g.with(ctx, fn)
+		err := g.with(ctx, func(ctx context.Context, j *daemon.Joined) error {
+			err := fn(ctx, j)
+			if errors.Is(err, varve.ErrReopened) && ctx.Err() == nil {
+				fmt.Fprintf(os.Stderr, "varve: %v; once more\n", err)
+				err = fn(ctx, j)
+			}
+			return err
+		})
 		if !errors.Is(err, varve.ErrCutOff) || ctx.Err() != nil {
 			return err
 		}

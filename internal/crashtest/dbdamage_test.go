@@ -3,7 +3,6 @@ package crashtest
 import (
 	"context"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
+	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
 	"varve.dev/layout"
 )
@@ -21,39 +21,55 @@ import (
 // slowestStart is how long a store with a damaged database may take to open.
 const slowestStart = 10 * time.Second
 
-// pageDamage are the ways in which a page of the database is made bad.
-var pageDamage = map[string]func(r *rand.Rand, file []byte, page int) []byte{
-	"flip":     func(r *rand.Rand, f []byte, p int) []byte { f[p*4096+r.IntN(4096)] ^= 1 << r.IntN(8); return f },
-	"zero":     func(_ *rand.Rand, f []byte, p int) []byte { clear(f[p*4096 : (p+1)*4096]); return f },
-	"truncate": func(r *rand.Rand, f []byte, p int) []byte { return f[:p*4096+r.IntN(4096)] },
-}
+// outcomes of opening a store whose database is damaged.
+const (
+	rebuilt   = "noticed when opened, rebuilt, all there"
+	harmless  = "not noticed, nothing is missing"
+	lacking   = "missing without a word"
+	lostAfter = "noticed, and lost all the same"
+)
 
 // TestDamagedDatabase makes every page of a store's database bad, in turn, and
 // takes it away whole. The store opens, with every image, layer and container
 // that it had.
 func TestDamagedDatabase(t *testing.T) {
 	d := newDamaged(t)
-	pages := len(d.db) / 4096
-	every := max(1, pages*len(pageDamage)/int(number(t, "CASES", 60)))
-	cases, rebuilt, slowest := 0, 0, time.Duration(0)
-	for i := 0; i < pages*len(pageDamage); i += every {
-		kind := slices.Sorted(maps.Keys(pageDamage))[i%len(pageDamage)]
-		page := i / len(pageDamage)
-		bad := pageDamage[kind](rand.New(rand.NewPCG(seed(t), uint64(i))), slices.Clone(d.db), page)
-		took, again := d.open(t, fmt.Sprintf("%s page %d", kind, page), bad, d.log)
-		cases, slowest = cases+1, max(slowest, took)
-		if again {
-			rebuilt++
+	var tally testkit.Tally
+	slowest := time.Duration(0)
+	check := func(kind, what string, db []byte) {
+		d.restore(t, db, d.log)
+		took, again, wrong := d.open(t)
+		slowest = max(slowest, took)
+		if took > slowestStart {
+			t.Errorf("%s: it took %v to open", what, took)
 		}
+		outcome := map[bool]string{true: rebuilt, false: harmless}[again]
+		if len(wrong) > 0 {
+			outcome = map[bool]string{true: lostAfter, false: lacking}[again]
+			t.Errorf("%s: %s:\n  %s", what, outcome, strings.Join(wrong, "\n  "))
+		}
+		tally.Add(kind, outcome)
 	}
-	if _, again := d.open(t, "no database", nil, d.log); !again {
-		t.Error("a missing database was not rebuilt")
+	for _, i := range d.cases(t, 60) {
+		kind, page, bad := testkit.DamagePage(d.db, d.old, i)
+		check(kind, fmt.Sprintf("%s, page %d", kind, page), bad)
 	}
-	t.Logf("%d pages; %d cases, %d of them rebuilt, the slowest opening took %v", pages, cases, rebuilt, slowest)
-	if rebuilt == 0 {
+	check(noDatabase, noDatabase, nil)
+	t.Logf("%d pages; the slowest opening took %v\n%s", len(d.db)/4096, slowest, tally.Table(
+		"a page of a store's database", append(testkit.KindsOfPageDamage(), noDatabase), []string{rebuilt, harmless, lacking, lostAfter}))
+	if tally.Total(rebuilt) < 2 {
 		t.Error("no damage was noticed")
 	}
 }
+
+// cases chooses as many damages as the environment asks for, or usual.
+func (d *damaged) cases(t *testing.T, usual uint64) []int {
+	all := rand.New(rand.NewPCG(seed(t), 0)).Perm(testkit.PageDamages(d.db))
+	return all[:min(len(all), int(number(t, "CASES", usual)))]
+}
+
+// noDatabase is the kind of damage that is the whole file.
+const noDatabase = "all of them: no file"
 
 // TestDatabaseAndLogLost takes both away: images come back from their blobs,
 // without their names, and nobody's data goes.
@@ -86,7 +102,7 @@ func TestDatabaseAndLogLost(t *testing.T) {
 			t.Errorf("the report lacks %q:\n%s", want, told)
 		}
 	}
-	if data, err := os.ReadFile(d.written); err != nil || string(data) != "by a container" {
+	if data, err := os.ReadFile(d.written); err != nil || string(data) != byContainer {
 		t.Errorf("what a container had written: %q, %v", data, err)
 	}
 	for digest := range d.digests {
@@ -106,11 +122,15 @@ func TestDatabaseAndLogLost(t *testing.T) {
 	}
 }
 
+// byContainer is what a container has written.
+const byContainer = "by a container"
+
 // damaged is a store whose database is made bad again and again.
 type damaged struct {
 	place
 	dir     string
 	db, log []byte
+	old     [][]byte // what the database was before
 	images  []string
 	digests map[string]bool
 	layers  map[string]string
@@ -130,6 +150,11 @@ func newDamaged(t *testing.T) *damaged {
 		if err := step(ctx); err != nil {
 			t.Fatal(err)
 		}
+		data, err := os.ReadFile(filepath.Join(d.dir, layout.DatabaseFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.old = append(d.old, data)
 	}
 	if _, err := e.Create(ctx, varve.CreateRequest{Image: builtName, Name: "stopped", Command: []string{"true"}}, nil); err != nil {
 		t.Fatal(err)
@@ -139,7 +164,7 @@ func newDamaged(t *testing.T) *damaged {
 		t.Fatalf("writable layers %v, %v", trees, err)
 	}
 	d.written = filepath.Join(trees[0], "written")
-	if err := os.WriteFile(d.written, []byte("by a container"), 0o644); err != nil {
+	if err := os.WriteFile(d.written, []byte(byContainer), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	d.images = d.list(t, e, func(digest string) { d.digests[digest] = true })
@@ -157,7 +182,7 @@ func newDamaged(t *testing.T) *damaged {
 	return d
 }
 
-func (d *damaged) list(t *testing.T, e *daemon.Engine, seen func(digest string)) (names []string) {
+func (d *damaged) list(t *testing.T, e varve.Backend, seen func(digest string)) (names []string) {
 	t.Helper()
 	images, err := e.List(context.Background())
 	if err != nil {
@@ -188,34 +213,32 @@ func (d *damaged) restore(t *testing.T, db, log []byte) {
 	}
 }
 
-// open opens the store with that database and compares everything.
-func (d *damaged) open(t *testing.T, what string, db, log []byte) (took time.Duration, rebuilt bool) {
+// open opens the store and tells what is not as it was.
+func (d *damaged) open(t *testing.T) (took time.Duration, rebuilt bool, wrong []string) {
 	t.Helper()
-	d.restore(t, db, log)
+	bad := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	ctx := context.Background()
 	began := time.Now()
 	e, err := daemon.Open(ctx, daemon.Options{Root: d.dir, State: d.state})
+	took = time.Since(began)
 	if err != nil {
-		t.Errorf("%s: %v", what, err)
-		return 0, false
-	}
-	if took = time.Since(began); took > slowestStart {
-		t.Errorf("%s: it took %v to open", what, took)
+		bad("open: %v", err)
+		return took, false, wrong
 	}
 	told := e.Rebuilt()
 	for _, line := range told {
 		if strings.HasPrefix(line, "lost") {
-			t.Errorf("%s: %s", what, line)
+			bad("%s", line)
 		}
 	}
 	if images := d.list(t, e, func(string) {}); !slices.Equal(images, d.images) {
-		t.Errorf("%s: images %q, there were %q", what, images, d.images)
+		bad("images %q, there were %q", images, d.images)
 	}
 	if err := e.Close(ctx); err != nil {
-		t.Errorf("%s: close: %v", what, err)
+		bad("close: %v", err)
 	}
 	if err := teststore.Check(d.dir); err != nil {
-		t.Errorf("%s: %v", what, err)
+		bad("%v", err)
 	}
 	layers := map[string]string{}
 	if err := eachLayer(d.dir, func(id, hash string) { layers[id] = hash }); err != nil {
@@ -223,8 +246,11 @@ func (d *damaged) open(t *testing.T, what string, db, log []byte) (took time.Dur
 	}
 	for id, hash := range d.layers {
 		if layers[id] != hash {
-			t.Errorf("%s: layer %s is not what it was", what, id)
+			bad("layer %s is not what it was", id)
 		}
 	}
-	return took, len(told) > 0
+	if data, err := os.ReadFile(d.written); err != nil || string(data) != byContainer {
+		bad("what a container had written: %q, %v", data, err)
+	}
+	return took, len(told) > 0, wrong
 }
