@@ -115,6 +115,9 @@ func (c *call) Write(p []byte) (int, error) {
 	if err := c.ctx.Err(); err != nil {
 		return 0, err
 	}
+	if len(p) == 0 {
+		return 0, nil // a frame of nothing says nothing
+	}
 	c.send(frame{Data: p})
 	return len(p), nil
 }
