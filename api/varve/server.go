@@ -75,8 +75,12 @@ type call struct {
 func handle[Req any](mux *http.ServeMux, name string, fn func(*call, Req) (any, error)) {
 	mux.HandleFunc("POST "+Prefix+name, func(w http.ResponseWriter, r *http.Request) {
 		ctl := http.NewResponseController(w)
-		// A client may send its build context while events come back.
+		// A client may send its build context while events come back. What
+		// the call has not read of it makes the connection unfit for another.
 		_ = ctl.EnableFullDuplex()
+		if r.ContentLength < 0 {
+			w.Header().Set("Connection", "close")
+		}
 		c := &call{ctx: r.Context(), enc: json.NewEncoder(w), flush: ctl.Flush}
 		w.Header().Set("Content-Type", "application/x-ndjson")
 		var req Req

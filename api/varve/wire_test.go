@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -30,7 +31,14 @@ func (s saver) Save(_ context.Context, _ SaveRequest, w io.Writer) error {
 	return s.err
 }
 
-// serve answers on a socket for the length of the test.
+// Load reads no more of an archive than its beginning.
+func (s saver) Load(_ context.Context, archive io.Reader, _ func(Event)) ([]ImageSummary, error) {
+	_, err := io.ReadFull(archive, make([]byte, 10))
+	return nil, err
+}
+
+// serve answers on a socket for the length of the test. The server must have
+// nothing to complain about.
 func serve(t *testing.T, b Backend) *Client {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "socket")
@@ -38,11 +46,27 @@ func serve(t *testing.T, b Backend) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: Handler(b)}
+	var complaints bytes.Buffer
+	server := &http.Server{Handler: Handler(b), ErrorLog: log.New(&complaints, "", 0)}
 	go func() { _ = server.Serve(l) }()
 	c := NewClient(socket)
-	t.Cleanup(func() { c.Close(); server.Close() })
+	t.Cleanup(func() {
+		c.Close()
+		if err := server.Shutdown(context.Background()); err != nil || complaints.Len() > 0 {
+			t.Errorf("the server: %v\n%s", err, &complaints)
+		}
+	})
 	return c
+}
+
+// A call that does not need all of what is sent leaves the server well.
+func TestInputThatIsNotRead(t *testing.T) {
+	c := serve(t, saver{})
+	for _, size := range []int{20, 100 << 10, 10 << 20} {
+		if _, err := c.Load(t.Context(), bytes.NewReader(make([]byte, size)), nil); err != nil {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+	}
 }
 
 // What comes through a socket is what was written, pieces of nothing included:
