@@ -19,6 +19,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/journal"
 	"varve.dev/layer"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -46,7 +47,11 @@ func (s *session) finish(ctx context.Context, res *gwclient.Result) (Result, err
 		x.barrier.Abandon()
 	}
 	for _, in := range x.ingests {
-		_ = in.Close()
+		if err != nil && !errors.Is(err, journal.ErrIntended) {
+			_ = in.Discard() // the next recovery does it otherwise
+		} else {
+			_ = in.Close()
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -216,7 +221,7 @@ func (x *export) write(ctx context.Context, l *exported) error {
 	if err != nil {
 		return err
 	}
-	in, err := x.s.b.Blobs.OpenIngest(ctx, "export-"+string(l.id)+"-"+layout.NewID(), "", 0)
+	in, err := x.s.b.Blobs.NewIngest()
 	if err != nil {
 		return err
 	}
@@ -338,8 +343,7 @@ func (x *export) publish(ctx context.Context, top layout.SnapshotKey, desc ocisp
 
 // document puts a small blob into an ingest of its own.
 func (x *export) document(ctx context.Context, data []byte) (layout.BlobMove, error) {
-	d := digest.FromBytes(data)
-	in, err := x.s.b.Blobs.OpenIngest(ctx, "document-"+d.String()+"-"+layout.NewID(), layout.BlobDigest(d), int64(len(data)))
+	in, err := x.s.b.Blobs.NewIngest()
 	if err != nil {
 		return layout.BlobMove{}, err
 	}

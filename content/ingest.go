@@ -25,7 +25,9 @@ type Ingest struct {
 	store *Store
 	id    layout.IngestID
 	info  layout.IngestRecord
-	file  *durable.File
+	once  bool          // nobody takes it up
+	file  *durable.File // nil once it is sealed
+	size  int64         // then
 	hash  hash.Hash
 	last  time.Time // of the last write
 }
@@ -92,6 +94,23 @@ func (s *Store) openIngest(ctx context.Context, id layout.IngestID, want layout.
 	return in, nil
 }
 
+// NewIngest begins an ingest that nobody takes up: it goes when it is closed
+// unless it was sealed by then. It has no description, so what a crash leaves
+// of it goes with the next recovery (T-N1).
+func (s *Store) NewIngest() (*Ingest, error) {
+	now := time.Now().UTC()
+	in := &Ingest{store: s, id: layout.IngestID(layout.NewID()), once: true, hash: sha256.New(), last: now}
+	err := s.root.Mkdir(layout.IngestPath(in.id), 0o700)
+	if err == nil {
+		durable.At(layout.PointIngestOpened)
+		in.file, err = s.root.CreateFile(in.path(layout.IngestData), 0o600)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("new ingest: %w", err), s.root.RemoveAll(layout.IngestPath(in.id)))
+	}
+	return in, nil
+}
+
 // startIngest makes the directory of an ingest, without syncing it: losing it
 // loses nothing that was promised.
 func (s *Store) startIngest(id layout.IngestID, rec layout.IngestRecord) error {
@@ -138,7 +157,12 @@ func (in *Ingest) rehash(ctx context.Context) error {
 }
 
 // Size returns how many bytes the ingest holds: where the next write goes.
-func (in *Ingest) Size() int64 { return in.file.Size() }
+func (in *Ingest) Size() int64 {
+	if in.file == nil {
+		return in.size
+	}
+	return in.file.Size()
+}
 
 // Write appends p.
 func (in *Ingest) Write(p []byte) (int, error) {
@@ -192,7 +216,7 @@ func (in *Ingest) Seal(barrier *durable.Barrier, rec layout.BlobRecord) (layout.
 	if err := in.file.Seal(barrier, blobPerm); err != nil {
 		return layout.BlobMove{}, err
 	}
-	in.file = nil
+	in.file, in.size = nil, rec.Size
 	durable.At(layout.PointIngestWhole)
 	return layout.BlobMove{Digest: digest, From: in.path(layout.IngestData), Record: rec}, nil
 }
@@ -204,7 +228,11 @@ func (in *Ingest) Close() error {
 		return nil
 	}
 	var err error
-	if in.file != nil {
+	switch {
+	case in.file == nil:
+	case in.once:
+		err = errors.Join(in.store.root.RemoveAll(layout.IngestPath(in.id)), in.file.Close())
+	default:
 		// The kernel's own time stamp is coarser than what Status has
 		// told during the writing.
 		err = errors.Join(in.file.SetModTime(in.last), in.file.Close())

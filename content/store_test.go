@@ -97,6 +97,80 @@ func TestResumeAfterReopen(t *testing.T) {
 	}
 }
 
+// An ingest for one writer alone goes when it is closed, and with its process.
+func TestIngestOfOneWriter(t *testing.T) {
+	dir := t.TempDir()
+	o, err := teststore.Open(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for closed := range 2 {
+		in, err := o.Blobs.NewIngest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.Write([]byte("half")); err != nil {
+			t.Fatal(err)
+		}
+		if closed == 1 {
+			continue // as a process does that is killed
+		}
+		if err := in.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if left := ingests(t, o); left > 0 {
+			t.Errorf("%d ingests are left of one that was closed", left)
+		}
+	}
+	if list, err := o.Blobs.ListStatuses(t.Context()); err != nil || len(list) > 0 {
+		t.Errorf("listed for others: %v, %v", list, err)
+	}
+	if err := o.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if left := ingests(t, o); left > 0 {
+		t.Errorf("%d ingests are left after recovery", left)
+	}
+	if err := o.End(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func ingests(t *testing.T, o *teststore.Store) int {
+	t.Helper()
+	entries, err := os.ReadDir(o.Root.Path(layout.IngestDir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// A sealed ingest still says how much it holds.
+func TestSealedSize(t *testing.T) {
+	o := teststore.New(t)
+	in, err := o.Blobs.NewIngest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Write([]byte("four")); err != nil {
+		t.Fatal(err)
+	}
+	barrier := o.Root.NewBarrier()
+	defer barrier.Abandon()
+	if _, err := in.Seal(barrier, layout.BlobRecord{}); err != nil {
+		t.Fatal(err)
+	}
+	if in.Size() != 4 {
+		t.Errorf("it holds %d bytes", in.Size())
+	}
+	if err := in.Discard(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLyingDigestGetsNoName(t *testing.T) {
 	o := teststore.New(t)
 	lie := digest.FromString("something else")

@@ -32,9 +32,8 @@ type assembly struct {
 	order   []digest.Digest                   // of fresh
 	origin  string                            // repository that served the blobs, or ""
 
-	unpackings  []*unpacked
-	refs        string // what the references of its ingests begin with
-	keepNothing bool   // abandon leaves no ingest for a next try
+	unpackings []*unpacked
+	once       bool // no later try goes on with its ingests
 
 	mu   sync.Mutex
 	left []digest.Digest // blobs with an unfinished ingest, kept for a next try
@@ -54,7 +53,7 @@ func (s *Store) assemble(ctx context.Context, purpose, origin string, blobs []di
 		return nil, fmt.Errorf("%s: %w", purpose, err)
 	}
 	a := &assembly{
-		store: s, purpose: purpose, origin: origin, refs: sharedRefs, endTurn: end, lease: s.db.NewLease(purpose),
+		store: s, purpose: purpose, origin: origin, endTurn: end, lease: s.db.NewLease(purpose),
 		barrier: s.root.NewBarrier(), found: map[digest.Digest]bool{}, fresh: map[digest.Digest]*content.Ingest{},
 	}
 	if len(blobs) > 0 {
@@ -99,7 +98,10 @@ const sharedRefs = "blob-"
 
 // open starts or takes up the blob's ingest.
 func (a *assembly) open(ctx context.Context, desc ocispec.Descriptor) (*content.Ingest, error) {
-	in, err := a.store.blobs.OpenIngest(ctx, a.refs+desc.Digest.String(), layout.BlobDigest(desc.Digest), desc.Size)
+	if a.once {
+		return a.store.blobs.NewIngest()
+	}
+	in, err := a.store.blobs.OpenIngest(ctx, sharedRefs+desc.Digest.String(), layout.BlobDigest(desc.Digest), desc.Size)
 	if err != nil {
 		return nil, err
 	}
@@ -202,12 +204,12 @@ func (a *assembly) abandon(err error) error {
 	a.barrier.Abandon()
 	if errors.Is(err, errdefs.ErrResourceExhausted) {
 		for _, d := range a.left {
-			if aerr := a.store.blobs.Abort(context.Background(), a.refs+d.String()); !errors.Is(aerr, errdefs.ErrNotFound) {
+			if aerr := a.store.blobs.Abort(context.Background(), sharedRefs+d.String()); !errors.Is(aerr, errdefs.ErrNotFound) {
 				err = errors.Join(err, aerr)
 			}
 		}
 	}
-	keep := !a.keepNothing && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned)))
+	keep := !a.once && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || (errors.Is(err, errdefs.ErrUnavailable) && !errors.Is(err, errdefs.ErrPoisoned)))
 	for _, d := range a.order {
 		in := a.fresh[d]
 		if !keep || in.Size() <= maxSmall {

@@ -178,7 +178,7 @@ func (r *layerRun) settle(j *job, in *content.Ingest, old int64, downloadErr, un
 		downloadErr = unpackErr // the cause, not the cancellation
 	}
 	wrong := blameBlob(downloadErr)
-	if wrong || permanent(downloadErr) || r.a.keepNothing || in.Size() == 0 {
+	if wrong || permanent(downloadErr) || r.a.once || in.Size() == 0 {
 		err = in.Discard()
 	} else {
 		err = r.a.leave(j.desc.Digest, in)

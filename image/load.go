@@ -68,7 +68,7 @@ func (s *Store) load(ctx context.Context, options LoadOptions, read func(*loader
 	}
 	// Its ingests are its own: it takes no turns, since it cannot know the
 	// digests before it has read the stream.
-	a.refs, a.keepNothing = "load-"+layout.NewID()+"-", true
+	a.once = true
 	l := &loader{a: a, options: options, small: map[string][]byte{}, blobs: map[string]ocispec.Descriptor{}, links: map[string]string{}}
 	if err := read(l); err != nil {
 		return nil, a.abandon(err)
@@ -94,7 +94,6 @@ type loader struct {
 	total int                           // bytes in small
 	blobs map[string]ocispec.Descriptor // by name in the archive; media type not known
 	links map[string]string             // symbolic links of old docker archives
-	count int
 }
 
 // maxDocuments bounds what an archive's documents take in memory together.
@@ -177,8 +176,7 @@ func (l *loader) file(ctx context.Context, name string, size int64, data io.Read
 
 // blob takes in a file whose digest is expected, or found out if that is "".
 func (l *loader) blob(ctx context.Context, name string, expected layout.BlobDigest, data io.Reader) error {
-	l.count++
-	in, err := l.a.store.blobs.OpenIngest(ctx, fmt.Sprintf("%s%d", l.a.refs, l.count), expected, 0)
+	in, err := l.a.store.blobs.NewIngest()
 	if err != nil {
 		return err
 	}

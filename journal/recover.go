@@ -21,7 +21,7 @@ type Recovery struct {
 	Discarded int      // trees in staging that nobody had finished
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
-	Torn      int      // unfinished blobs that a power cut left without their description
+	Useless   int      // unfinished blobs that nobody can take up
 	// Adopted are directories in active that no record names and that hold
 	// something. They stay.
 	Adopted []string
@@ -35,7 +35,7 @@ type Recovery struct {
 func (j *Journal) recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	for _, step := range []func(context.Context, *Recovery) error{
-		j.finishIntents, j.emptyStaging, j.checkActive, j.dropTornIngests, j.emptyTrash, j.endLeases,
+		j.finishIntents, j.emptyStaging, j.checkActive, j.dropIngests, j.emptyTrash, j.endLeases,
 	} {
 		if err := step(ctx, &found); err != nil {
 			return found, err
@@ -159,9 +159,10 @@ func isEmptyTree(dir string) bool {
 	return errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0
 }
 
-// dropTornIngests removes the unfinished blobs that nobody can take up: an
-// ingest's description is not synced when it is written.
-func (j *Journal) dropTornIngests(_ context.Context, found *Recovery) error {
+// dropIngests removes the unfinished blobs that nobody takes up: those without
+// a description, which is not synced when it is written and which an ingest for
+// one writer alone never has.
+func (j *Journal) dropIngests(_ context.Context, found *Recovery) error {
 	ingests, err := os.ReadDir(j.root.Path(layout.IngestDir))
 	if err != nil {
 		return missing(err)
@@ -169,16 +170,16 @@ func (j *Journal) dropTornIngests(_ context.Context, found *Recovery) error {
 	for _, e := range ingests {
 		rel := layout.IngestPath(layout.IngestID(e.Name()))
 		info, err := os.ReadFile(j.root.Path(path.Join(rel, layout.IngestInfo)))
-		if err == nil && json.Unmarshal(info, new(layout.IngestRecord)) == nil {
-			continue
-		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("ingest %s: %w: %w", e.Name(), err, errdefs.ErrUnavailable)
+		}
+		if err == nil && json.Unmarshal(info, new(layout.IngestRecord)) == nil {
+			continue
 		}
 		if err := j.root.RemoveAll(rel); err != nil {
 			return err
 		}
-		found.Torn++
+		found.Useless++
 	}
 	return nil
 }
