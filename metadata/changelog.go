@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	bolt "go.etcd.io/bbolt"
+
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -58,15 +60,11 @@ func (tx *Tx) noteEdge(e layout.Edge, value []byte) {
 // next opening finds them if they do not get into the file. It returns their
 // line, nil if there is nothing to tell.
 func (l *changeLog) stage(tx *Tx) ([]byte, error) {
-	tail := tx.bolt.Bucket([]byte(layout.BucketLogTail))
 	l.mu.Lock()
 	synced := l.synced
 	l.mu.Unlock()
-	c := tail.Cursor()
-	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(synced); k, _ = c.First() {
-		if err := tail.Delete(k); err != nil {
-			return nil, err
-		}
+	if err := dropTail(tx.bolt, synced); err != nil {
+		return nil, err
 	}
 	if len(*tx.changes) == 0 {
 		return nil, nil
@@ -80,7 +78,7 @@ func (l *changeLog) stage(tx *Tx) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := tail.Put([]byte(layout.TailKey(rec.Seq)), value); err != nil {
+	if err := tx.bolt.Bucket([]byte(layout.BucketLogTail)).Put([]byte(layout.TailKey(rec.Seq)), value); err != nil {
 		return nil, err
 	}
 	return layout.EncodeLine(rec)
@@ -323,6 +321,27 @@ func (db *DB) writeLog() error {
 	}
 	db.log.begin(f, last)
 	db.log.synced = last
+	return db.forgetTail(last)
+}
+
+// forgetTail takes the lines up to last out of the database, which the log has
+// by now. Left to the next commit they would have every opening until then
+// look for the line before them, which a log that was written anew has not.
+func (db *DB) forgetTail(last uint64) error {
+	return db.guard(func() error {
+		return db.bolt.Update(func(tx *bolt.Tx) error { return dropTail(tx, last) })
+	})
+}
+
+// dropTail deletes the lines up to a number.
+func dropTail(tx *bolt.Tx, last uint64) error {
+	tail := tx.Bucket([]byte(layout.BucketLogTail))
+	c := tail.Cursor()
+	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(last); k, _ = c.First() {
+		if err := tail.Delete(k); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
