@@ -44,6 +44,8 @@ const (
 	PointActiveMade     = "active.made"
 	PointActiveRecorded = "active.recorded"
 
+	PointContainerMade = "container.made"
+
 	PointSweepRecorded = "sweep.recorded"
 	PointSweepClaimed  = "sweep.claimed"
 	PointSweepTrashed  = "sweep.trashed"
@@ -81,6 +83,8 @@ func Transitions() []Transition {
 
 		{"T-A1", "prepare", "active/<id> without a record, its tree empty", Back, "it is removed; one whose tree holds anything is adopted, not removed", PointActiveMade},
 		{"T-A2", "prepare", "record and directory", Stay, "none", PointActiveRecorded},
+
+		{"T-K1", "container", "containers/<id> without a record, held by a lease", Back, "it goes with the lease; one that no lease holds is adopted", PointContainerMade},
 
 		{"T-R1", "remove", "a sweep, the files where they stood", Forward, "the sweep is claimed and the files renamed to the trash, unless a record or intent names them again", PointSweepRecorded},
 		{"T-R2", "remove", "a claimed sweep, the files where they stood", Forward, "the files are renamed to the trash", PointSweepClaimed},

@@ -110,7 +110,7 @@ func doWork(dir string, options daemon.Options, remote string, mark func(string,
 	}
 	mark("opened")
 	steps := []func(context.Context) error{
-		w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build,
+		w.pull(stackedName), w.tag(w.remote+"/"+stackedName, keptName), w.pull(smallName), w.build, w.container,
 		w.push, w.saveAndLoad, w.remove(w.remote + "/" + stackedName), w.remove(keptName), w.remove(builtName), w.pull(stackedName),
 	}
 	for _, step := range steps {
@@ -201,6 +201,16 @@ func (w *work) build(ctx context.Context) error {
 		}, varve.BuildContext{Dir: files}, nil)
 		return err
 	})
+}
+
+// container makes a container of what was built, which is never started, and
+// removes it.
+func (w *work) container(ctx context.Context) error {
+	c, err := w.Create(ctx, varve.CreateRequest{Image: builtName, Command: []string{"true"}}, nil)
+	if err != nil {
+		return err
+	}
+	return w.RemoveContainer(ctx, c.ID)
 }
 
 // push gives what was built to the registry.

@@ -7,8 +7,8 @@
 //
 // Invariants kept: C1, C2. Crash story: the directory and the snapshot, held
 // by a lease, come first, the record last; what a crash leaves of an unrecorded
-// container is an empty snapshot, which recovery drops with the lease, and a
-// directory, which is reported and kept.
+// container goes with the lease. A directory that no lease held is never
+// removed.
 package containers
 
 import (
@@ -63,8 +63,13 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 		spec.Env = append(spec.Env, "HOSTNAME="+spec.Hostname) // as docker does
 	}
 	lease := s.db.NewLease("create container " + string(id[:12]))
-	defer func() { _ = lease.Release(ctx) }() // it expires
-	if err := lease.Make(ctx); err != nil {
+	defer func() {
+		_ = lease.Release(ctx) // it expires
+		s.journal.Kick()
+	}()
+	if err := lease.Hold(ctx, func(*metadata.Tx) ([]layout.Node, error) {
+		return []layout.Node{layout.ContainerNode(id)}, nil
+	}); err != nil {
 		return "", "", err
 	}
 	key := layout.SnapshotKey("container:" + id)
@@ -80,12 +85,12 @@ func (s *Store) Create(ctx context.Context, image string, parent layout.Snapshot
 	if err := s.root.MkdirAll(dir, 0o700); err != nil {
 		return "", "", err
 	}
-	err = spec.Save(s.root.Path(dir))
-	if err == nil {
-		err = s.record(ctx, id, image, key, spec.Name)
+	if err := spec.Save(s.root.Path(dir)); err != nil {
+		return "", "", err
 	}
-	if err != nil {
-		return "", "", errors.Join(err, s.root.RemoveAll(dir))
+	durable.At(layout.PointContainerMade)
+	if err := s.record(ctx, id, image, key, spec.Name); err != nil {
+		return "", "", err
 	}
 	return id, s.root.Path(dir), nil
 }
