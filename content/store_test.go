@@ -148,6 +148,40 @@ func ingests(t *testing.T, o *teststore.Store) int {
 	return len(entries)
 }
 
+// What was left of a blob that has come another way goes with the next
+// opening; what may still be wanted stays.
+func TestIngestOfABlobThatIsHere(t *testing.T) {
+	dir := t.TempDir()
+	o, err := teststore.Open(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, wanted := []byte("it comes another way"), []byte("it does not come")
+	for ref, data := range map[string][]byte{"here": here, "wanted": wanted} {
+		in, err := o.Blobs.OpenIngest(t.Context(), ref, layout.BlobDigest(digest.FromBytes(data)), int64(len(data)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.Write(data[:3]); err != nil {
+			t.Fatal(err)
+		}
+		in.Close()
+	}
+	put(t, o.Blobs, here)
+	if err := o.End(); err != nil {
+		t.Fatal(err)
+	}
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := o.Blobs.ListStatuses(t.Context()); err != nil || len(list) != 1 || list[0].Ref != "wanted" {
+		t.Errorf("left are %v, %v", list, err)
+	}
+	if err := o.End(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A sealed ingest still says how much it holds.
 func TestSealedSize(t *testing.T) {
 	o := teststore.New(t)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"strings"
 	"time"
 
 	"varve.dev/errdefs"
@@ -18,10 +19,10 @@ import (
 // Recovery says what [Open] found and did.
 type Recovery struct {
 	Finished  []string // purposes of intents that were carried out
-	Discarded int      // trees in staging that nobody had finished
+	Discarded int      // trees that nobody had finished
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
-	Useless   int      // unfinished blobs that nobody can take up
+	Useless   int      // unfinished blobs that nobody can take up, or needs to
 	// Adopted are directories in active that no record names and that hold
 	// something. They stay.
 	Adopted []string
@@ -35,7 +36,7 @@ type Recovery struct {
 func (j *Journal) recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	for _, step := range []func(context.Context, *Recovery) error{
-		j.finishIntents, j.emptyStaging, j.checkActive, j.dropIngests, j.emptyTrash, j.endLeases,
+		j.finishIntents, j.emptyStaging, j.checkActive, j.dropIngests, j.dropCacheMounts, j.emptyTrash, j.endLeases,
 	} {
 		if err := step(ctx, &found); err != nil {
 			return found, err
@@ -161,8 +162,8 @@ func isEmptyTree(dir string) bool {
 
 // dropIngests removes the unfinished blobs that nobody takes up: those without
 // a description, which is not synced when it is written and which an ingest for
-// one writer alone never has.
-func (j *Journal) dropIngests(_ context.Context, found *Recovery) error {
+// one writer alone never has; and those of a blob that came another way.
+func (j *Journal) dropIngests(ctx context.Context, found *Recovery) error {
 	ingests, err := os.ReadDir(j.root.Path(layout.IngestDir))
 	if err != nil {
 		return missing(err)
@@ -173,13 +174,48 @@ func (j *Journal) dropIngests(_ context.Context, found *Recovery) error {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("ingest %s: %w: %w", e.Name(), err, errdefs.ErrUnavailable)
 		}
-		if err == nil && json.Unmarshal(info, new(layout.IngestRecord)) == nil {
-			continue
+		var rec layout.IngestRecord
+		if err == nil && json.Unmarshal(info, &rec) == nil {
+			wanted, err := j.wanted(ctx, rec.Expected)
+			if err != nil {
+				return err
+			}
+			if wanted {
+				continue
+			}
 		}
 		if err := j.root.RemoveAll(rel); err != nil {
 			return err
 		}
 		found.Useless++
+	}
+	return nil
+}
+
+// wanted tells whether a blob, if it is known which, is not in the store.
+func (j *Journal) wanted(ctx context.Context, blob layout.BlobDigest) (wanted bool, err error) {
+	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		wanted = blob == "" || !tx.Blobs().Has(blob)
+		return nil
+	})
+	return wanted, err
+}
+
+// dropCacheMounts removes those that were being filled with what they begin
+// with.
+func (j *Journal) dropCacheMounts(_ context.Context, found *Recovery) error {
+	mounts, err := os.ReadDir(j.root.Path(layout.CacheMountDir))
+	if err != nil {
+		return missing(err)
+	}
+	for _, m := range mounts {
+		if !strings.HasSuffix(m.Name(), layout.CacheMountBegun) {
+			continue
+		}
+		if err := j.root.Rename(layout.CacheMountPath(m.Name()), layout.TrashPath(layout.NewID())); err != nil {
+			return err
+		}
+		found.Discarded++
 	}
 	return nil
 }

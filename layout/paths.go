@@ -87,5 +87,12 @@ func StagingPath(boot string, id LayerID) string { return path.Join(StagingDir, 
 // ContainerPath is the directory of a container.
 func ContainerPath(id ContainerID) string { return path.Join(ContainersDir, string(id)) }
 
+// CacheMountPath is where a cache mount stands. While it is filled with what it
+// begins with, its name ends with [CacheMountBegun].
+func CacheMountPath(key string) string { return path.Join(CacheMountDir, key) }
+
+// CacheMountBegun is the end of the name of a cache mount that nobody uses yet.
+const CacheMountBegun = ".new"
+
 // TrashPath is where something with a sweep row waits to be deleted.
 func TrashPath(id string) string { return path.Join(TrashDir, id) }

@@ -46,6 +46,8 @@ const (
 
 	PointContainerMade = "container.made"
 
+	PointCacheMountBegun = "cachemount.begun"
+
 	PointSweepRecorded = "sweep.recorded"
 	PointSweepClaimed  = "sweep.claimed"
 	PointSweepTrashed  = "sweep.trashed"
@@ -67,7 +69,7 @@ func Transitions() []Transition {
 		{"T-C3", "create", "the database under its name", Stay, "none", PointCreatePublished},
 
 		{"T-N1", "ingest", "ingest/<id> without info, or with a torn one", Back, "it is removed", PointIngestOpened},
-		{"T-N2", "ingest", "ingest/<id> with some of the data", Resume, "the next writer hashes what is there and goes on behind it", PointIngestPartial},
+		{"T-N2", "ingest", "ingest/<id> with some of the data", Resume, "the next writer hashes what is there and goes on behind it; if the blob has come another way it is removed", PointIngestPartial},
 		{"T-N3", "ingest", "ingest/<id> with all of the data, verified, no intent", Resume, "as T-N2; nothing is left to fetch", PointIngestWhole},
 
 		{"T-U1", "unpack", "staging/<boot>/<id> incomplete, no intent", Back, "to the trash", PointTreePartial},
@@ -85,6 +87,8 @@ func Transitions() []Transition {
 		{"T-A2", "prepare", "record and directory", Stay, "none", PointActiveRecorded},
 
 		{"T-K1", "container", "containers/<id> without a record, held by a lease", Back, "it goes with the lease; one that no lease holds is adopted", PointContainerMade},
+
+		{"T-M1", "cache mount", "cachemounts/<key>.new, what it begins with not all copied", Back, "it is removed", PointCacheMountBegun},
 
 		{"T-R1", "remove", "a sweep, the files where they stood", Forward, "the sweep is claimed and the files renamed to the trash, unless a record or intent names them again", PointSweepRecorded},
 		{"T-R2", "remove", "a claimed sweep, the files where they stood", Forward, "the files are renamed to the trash", PointSweepClaimed},

@@ -193,7 +193,7 @@ func (w *work) build(ctx context.Context) error {
 	}
 	from := "FROM " + w.remote + "/" + smallName
 	dockerfile := from + " AS files\nCOPY file-1* /some/\nRUN rm /some/file-10 && mkdir /ran && echo here >/ran/it\n" +
-		from + "\nCOPY --from=files /some /some\nCOPY file-2 /etc/\nRUN ln /etc/file-2 /etc/same\nLABEL built=here\n"
+		from + "\nCOPY --from=files /some /some\nCOPY file-2 /etc/\nRUN --mount=type=cache,from=files,source=/some,target=/cache ln /etc/file-2 /etc/same\nLABEL built=here\n"
 	return w.change("+"+builtName, func() error {
 		_, err := w.Build(ctx, varve.BuildRequest{
 			DockerfileBytes: []byte(dockerfile), Tags: []string{builtName},
