@@ -65,9 +65,11 @@ lint: deps
 powercut: deps
 	FS=$(FS) CASES=$(CASES) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted' ./internal/crashtest
 
-# A store killed at CASES moments that nobody chose.
+# CASES kills at moments that nobody chose: of all commands and the daemon, and
+# of a store at work in one process. make kill CASES=1000 SEED=1
 kill: deps
-	CASES=$(or $(CASES),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestKillAtRandom ./internal/crashtest
+	CASES=$(or $(CASES),1000) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
+		-run 'TestKillCommands|TestKillAtRandom|LeftoversAreSeen|RecoveryFollows|CalledOff' ./internal/crashtest
 
 # Each change of a pull and a removal fails, in turn, or CASES of them.
 faults: deps

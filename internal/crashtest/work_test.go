@@ -25,6 +25,8 @@ var roles = map[string]powercut.Role{
 	"pull":            pullTimed,
 	"pull and remove": pullAndRemove,
 	"recover":         recoverStore,
+	"pull and die":    pullAndDie,
+	"count recovery":  countRecovery,
 }
 
 func TestMain(m *testing.M) {
@@ -79,11 +81,12 @@ const (
 // work is a store at work.
 type work struct {
 	*daemon.Engine
-	dir    string
-	remote string
-	state  string
-	mark   func(string, ...any)
-	hashed map[string]bool
+	dir     string
+	remote  string
+	state   string
+	mark    func(string, ...any)
+	hashed  map[string]bool
+	archive []byte // for who loads one
 }
 
 // workOnStore is the workload as a worker's role. args are those of place:
