@@ -34,7 +34,7 @@ func TestCalledOffAtEveryPoint(t *testing.T) {
 			_, err := w.Load(ctx, bytes.NewReader(w.archive), nil)
 			return err
 		}},
-		{"container", func(ctx context.Context, w *work) error { return w.container(ctx) }},
+		{"container", makeAndRemove},
 	} {
 		t.Run(op.name, func(t *testing.T) {
 			c := calledOff{place: at, dir: filepath.Join(t.TempDir(), "root"), do: op.do}
@@ -116,6 +116,15 @@ func (c *calledOff) once(t *testing.T, point string, count int) *counter {
 		}
 	})
 	return &passed
+}
+
+// makeAndRemove makes a container, and removes it.
+func makeAndRemove(ctx context.Context, w *work) error {
+	c, err := w.Create(ctx, varve.CreateRequest{Image: builtName, Command: []string{"true"}}, nil)
+	if err != nil {
+		return err
+	}
+	return w.RemoveContainer(ctx, c.ID)
 }
 
 // buildAnew builds with a cache mount that is always a new one.
