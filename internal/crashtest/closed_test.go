@@ -84,7 +84,7 @@ func leftovers(root string, r records) (wrong []string) {
 	})
 	each(root, layout.ContainersDir, func(id string) {
 		each(root, layout.ContainersDir+"/"+id, func(name string) {
-			if !slices.Contains([]string{"config.json", "exit.json", "rootfs", runtime.LockFile}, name) {
+			if !slices.Contains([]string{"config.json", "image.json", "exit.json", "lock", "rootfs"}, name) {
 				wrong = append(wrong, "left of container "+id+": "+name)
 			}
 		})
