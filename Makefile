@@ -69,9 +69,11 @@ powercut: deps
 	@scripts/install-packages $(CLIENTS)
 	FS=$(FS) CASES=$(or $(CASES),500) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted|UnderTheRig' ./internal/crashtest
 
-# A store killed at CASES moments that nobody chose.
+# CASES kills at moments that nobody chose: of all commands and the daemon, and
+# of a store at work in one process. make kill CASES=1000 SEED=1
 kill: deps
-	CASES=$(or $(CASES),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestKillAtRandom ./internal/crashtest
+	CASES=$(or $(CASES),1000) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
+		-run 'TestKillCommands|TestKillAtRandom|LeftoversAreSeen|RecoveryFollows|CalledOff' ./internal/crashtest
 
 # Each change to a store's files fails, in turn, or CASES of them: on a disk that
 # breaks and on one that is full, in pulls and removals and in builds.

@@ -12,6 +12,7 @@ import (
 	"github.com/moby/buildkit/solver/pb"
 	copyfs "github.com/tonistiigi/fsutil/copy"
 
+	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
 	"varve.dev/overlay"
@@ -35,7 +36,7 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 		}
 		k.add(begin, relative(m.Selector))
 	}
-	rel := path.Join(layout.CacheMountDir, k.sum())
+	rel := layout.CacheMountPath(k.sum())
 	dir := e.s.b.Root.Path(rel)
 	switch m.CacheOpt.GetSharing() {
 	case pb.CacheSharingOpt_LOCKED:
@@ -83,13 +84,11 @@ func (e *execution) beginCache(ctx context.Context, rel string, on layout.Snapsh
 	if _, err := os.Lstat(root.Path(rel)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	begun := rel + ".new"
-	if err := root.RemoveAll(begun); err != nil { // of a process that was killed
-		return err
-	}
+	begun := rel + layout.CacheMountBegun
 	if err := e.fill(ctx, root.Path(begun), on, m); err != nil {
 		return errors.Join(err, root.RemoveAll(begun))
 	}
+	durable.At(layout.PointCacheMountBegun)
 	return root.Rename(begun, rel)
 }
 

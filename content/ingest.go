@@ -25,7 +25,8 @@ type Ingest struct {
 	store *Store
 	id    layout.IngestID
 	info  layout.IngestRecord
-	file  *durable.File
+	file  *durable.File // nil once it is sealed
+	size  int64         // then
 	hash  hash.Hash
 	last  time.Time // of the last write
 }
@@ -162,7 +163,12 @@ func (in *Ingest) rehash(ctx context.Context) error {
 }
 
 // Size returns how many bytes the ingest holds: where the next write goes.
-func (in *Ingest) Size() int64 { return in.file.Size() }
+func (in *Ingest) Size() int64 {
+	if in.file == nil {
+		return in.size
+	}
+	return in.file.Size()
+}
 
 // Write appends p.
 func (in *Ingest) Write(p []byte) (int, error) {
@@ -219,7 +225,7 @@ func (in *Ingest) Seal(barrier *durable.Barrier, rec layout.BlobRecord) (layout.
 	if err := in.file.Seal(barrier, blobPerm); err != nil {
 		return layout.BlobMove{}, err
 	}
-	in.file = nil
+	in.file, in.size = nil, rec.Size
 	durable.At(layout.PointIngestWhole)
 	return layout.BlobMove{Digest: digest, From: in.path(layout.IngestData), Record: rec}, nil
 }
@@ -231,7 +237,11 @@ func (in *Ingest) Close() error {
 		return nil
 	}
 	var err error
-	if in.file != nil {
+	switch {
+	case in.file == nil:
+	case in.info.Private && in.store.root.Poisoned() == nil:
+		err = errors.Join(in.store.root.RemoveAll(layout.IngestPath(in.id)), in.file.Close())
+	default:
 		// The kernel's own time stamp is coarser than what Status has
 		// told during the writing.
 		err = errors.Join(in.file.SetModTime(in.last), in.file.Close())

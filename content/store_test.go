@@ -99,6 +99,114 @@ func TestResumeAfterReopen(t *testing.T) {
 	}
 }
 
+// An ingest for one writer alone goes when it is closed, and with its process.
+func TestIngestOfOneWriter(t *testing.T) {
+	dir := t.TempDir()
+	o, err := teststore.Open(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for closed := range 2 {
+		in, err := o.Blobs.NewIngest(t.Context(), "one", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.Write([]byte("half")); err != nil {
+			t.Fatal(err)
+		}
+		if closed == 1 {
+			continue // as a process does that is killed
+		}
+		if err := in.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if left := ingests(t, o); left > 0 {
+			t.Errorf("%d ingests are left of one that was closed", left)
+		}
+	}
+	if list, err := o.Blobs.ListStatuses(t.Context()); err != nil || len(list) > 0 {
+		t.Errorf("listed for others: %v, %v", list, err)
+	}
+	if err := o.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if left := ingests(t, o); left > 0 {
+		t.Errorf("%d ingests are left after recovery", left)
+	}
+	if err := o.End(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func ingests(t *testing.T, o *teststore.Store) int {
+	t.Helper()
+	entries, err := os.ReadDir(o.Root.Path(layout.IngestDir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// What was left of a blob that has come another way goes with the next
+// opening; what may still be wanted stays.
+func TestIngestOfABlobThatIsHere(t *testing.T) {
+	dir := t.TempDir()
+	o, err := teststore.Open(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, wanted := []byte("it comes another way"), []byte("it does not come")
+	for ref, data := range map[string][]byte{"here": here, "wanted": wanted} {
+		in, err := o.Blobs.OpenIngest(t.Context(), ref, layout.BlobDigest(digest.FromBytes(data)), int64(len(data)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.Write(data[:3]); err != nil {
+			t.Fatal(err)
+		}
+		in.Close()
+	}
+	put(t, o.Blobs, here)
+	if err := o.End(); err != nil {
+		t.Fatal(err)
+	}
+	if o, err = teststore.Open(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := o.Blobs.ListStatuses(t.Context()); err != nil || len(list) != 1 || list[0].Ref != "wanted" {
+		t.Errorf("left are %v, %v", list, err)
+	}
+	if err := o.End(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A sealed ingest still says how much it holds.
+func TestSealedSize(t *testing.T) {
+	o := teststore.New(t)
+	in, err := o.Blobs.NewIngest(t.Context(), "one", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Write([]byte("four")); err != nil {
+		t.Fatal(err)
+	}
+	barrier := o.Root.NewBarrier()
+	defer barrier.Abandon()
+	if _, err := in.Seal(barrier, layout.BlobRecord{}); err != nil {
+		t.Fatal(err)
+	}
+	if in.Size() != 4 {
+		t.Errorf("it holds %d bytes", in.Size())
+	}
+	if err := in.Discard(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLyingDigestGetsNoName(t *testing.T) {
 	o := teststore.New(t)
 	lie := digest.FromString("something else")

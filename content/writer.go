@@ -140,6 +140,9 @@ func (s *Store) Status(ctx context.Context, ref string) (ccontent.Status, error)
 
 func (s *Store) status(id layout.IngestID) (ccontent.Status, error) {
 	rec, err := s.readInfo(id)
+	if err == nil && rec.Private {
+		err = fmt.Errorf("ingest %q is not for others: %w", rec.Ref, errdefs.ErrNotFound)
+	}
 	if err != nil {
 		return ccontent.Status{}, err
 	}

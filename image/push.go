@@ -188,9 +188,11 @@ func (p *push) send(ctx context.Context, pusher remotes.Pusher, desc ocispec.Des
 	// The writer waits on a pipe for a request that may have failed before
 	// it read any of it. This is the deadline that the pipe lacks.
 	limit := patience.Total + 2*patience.Answer
-	watch := time.AfterFunc(limit, func() { w.Close() })
+	ended := make(chan struct{})
+	defer close(ended)
+	watch := time.AfterFunc(limit, func() { closeUntil(ended, w) })
 	defer watch.Stop()
-	defer context.AfterFunc(ctx, func() { w.Close() })()
+	defer context.AfterFunc(ctx, func() { closeUntil(ended, w) })()
 	body := &sendingBlob{io.NewSectionReader(blob, 0, blob.Size()), p.options.Progress.meter(desc.Digest, Uploading, 0, desc.Size), watch, limit}
 	err = content.Copy(ctx, w, body, desc.Size, desc.Digest)
 	w.Close()
@@ -201,6 +203,20 @@ func (p *push) send(ctx context.Context, pusher remotes.Pusher, desc ocispec.Des
 		p.options.Progress.send(Event{Blob: desc.Digest, Phase: Done, Bytes: desc.Size, Total: desc.Size})
 	}
 	return err
+}
+
+// closeUntil closes a writer until its user has ended. Once is not enough: a
+// writer that is just taking up its pipe goes on to write into it, and nobody
+// reads there.
+func closeUntil(ended <-chan struct{}, w io.Closer) {
+	for {
+		w.Close()
+		select {
+		case <-ended:
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // sendingBlob counts what goes out. It can be sought, for a writer that asks

@@ -1,15 +1,21 @@
 package image
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
@@ -109,6 +115,53 @@ func TestPushFaults(t *testing.T) {
 	})
 	if _, err := o.Push(t.Context(), far, PushOptions{}); err != nil {
 		t.Errorf("one 500: %v", err)
+	}
+}
+
+// lateWriter takes up a pipe while it is closed: its first closing reaches
+// nothing, and nobody reads what is written.
+type lateWriter struct {
+	content.Writer
+	begun, reached chan struct{}
+	closings       atomic.Int32
+}
+
+func (w *lateWriter) Push(context.Context, ocispec.Descriptor) (content.Writer, error) { return w, nil }
+
+func (w *lateWriter) Status() (content.Status, error) { return content.Status{}, nil }
+
+func (w *lateWriter) Write([]byte) (int, error) {
+	close(w.begun)
+	<-w.reached
+	return 0, io.ErrClosedPipe
+}
+
+func (w *lateWriter) Close() error {
+	if w.closings.Add(1) == 2 {
+		close(w.reached)
+	}
+	return nil
+}
+
+// A push that is called off ends, whatever its writer waits for.
+func TestPushEndsWithItsContext(t *testing.T) {
+	testkit.NeedRoot(t)
+	o, _, ref := setup(t, testkit.Busybox(t), "lib/busybox:latest")
+	target := pull(t, o, ref).Target
+	w := &lateWriter{begun: make(chan struct{}), reached: make(chan struct{})}
+	ctx, cancel := context.WithCancel(t.Context())
+	p := &push{store: o.Store, ref: ref}
+	ended := make(chan error, 1)
+	go func() { ended <- p.send(ctx, w, target, DefaultPatience()) }()
+	<-w.begun
+	cancel()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("it ends with %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it goes on without its context")
 	}
 }
 

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -21,7 +20,7 @@ import (
 // Recovery says what [Open] found and did.
 type Recovery struct {
 	Finished  []string // purposes of intents that were carried out
-	Discarded int      // trees in staging that nobody had finished
+	Discarded int      // trees that nobody had finished
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
 	Ingests   int      // unfinished blobs that nobody can go on with
@@ -39,7 +38,7 @@ type Recovery struct {
 func (j *Journal) recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	for _, step := range []func(context.Context, *Recovery) error{
-		j.finishIntents, j.emptyStaging, j.checkActive, j.checkContainers, j.dropIngests, j.emptyTrash, j.endLeases,
+		j.finishIntents, j.emptyStaging, j.checkActive, j.checkContainers, j.dropIngests, j.dropCacheMounts, j.emptyTrash, j.endLeases,
 	} {
 		if err := step(ctx, &found); err != nil {
 			return found, err
@@ -178,67 +177,34 @@ func isEmptyTree(dir string) bool {
 	return errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0
 }
 
-// checkContainers removes the directories of containers whose creation did not
-// come to its end. What a database that was made again could not name stays.
+// checkContainers finds the directories of containers that no record names.
 func (j *Journal) checkContainers(ctx context.Context, found *Recovery) error {
 	dirs, err := os.ReadDir(j.root.Path(layout.ContainersDir))
 	if err != nil || len(dirs) == 0 {
 		return missing(err)
 	}
-	var unnamed []string
-	var rebuilt layout.RebuiltRecord
-	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+	return j.db.View(ctx, func(tx *metadata.Tx) error {
 		swept, err := sweptPaths(tx)
 		for _, d := range dirs {
 			id := layout.ContainerID(d.Name())
-			if rel := layout.ContainerPath(id); !tx.Containers().Has(id) && !swept[rel] {
-				unnamed = append(unnamed, rel)
+			if rel := layout.ContainerPath(id); !tx.Containers().Has(id) && !tx.Referenced(layout.ContainerNode(id)) && !swept[rel] {
+				found.Adopted = append(found.Adopted, rel)
 			}
 		}
-		if err == nil {
-			rebuilt, err = tx.Rebuilt()
-		}
 		return err
-	})
-	if err != nil {
-		return err
-	}
-	for _, rel := range unnamed {
-		if slices.Contains(rebuilt.Kept, rel) || !neverStarted(j.root.Path(rel)) {
-			found.Adopted = append(found.Adopted, rel)
-			continue
-		}
-		if err := j.root.Rename(rel, layout.TrashPath(layout.NewID())); err != nil {
-			return err
-		}
-		found.Discarded++
-	}
-	return nil
-}
-
-// neverStarted tells whether a container's directory holds only what its
-// creation makes.
-func neverStarted(dir string) bool {
-	entries, err := os.ReadDir(dir)
-	return err == nil && !slices.ContainsFunc(entries, func(e os.DirEntry) bool {
-		switch name := e.Name(); name {
-		case layout.ContainerConfig, layout.ContainerImage, layout.ContainerLock:
-			return false
-		default:
-			return !strings.HasPrefix(name, durable.TempPrefix)
-		}
 	})
 }
 
-// dropIngests removes the unfinished blobs that nobody can go on with.
-func (j *Journal) dropIngests(_ context.Context, found *Recovery) error {
+// dropIngests removes the unfinished blobs that nobody can go on with, and
+// those of a blob that came another way.
+func (j *Journal) dropIngests(ctx context.Context, found *Recovery) error {
 	ingests, err := os.ReadDir(j.root.Path(layout.IngestDir))
 	if err != nil {
 		return missing(err)
 	}
 	for _, e := range ingests {
 		rel := layout.IngestPath(layout.IngestID(e.Name()))
-		resumable, err := j.isResumable(rel)
+		resumable, err := j.isResumable(ctx, rel)
 		if err != nil {
 			return fmt.Errorf("ingest %s: %w: %w", e.Name(), err, errdefs.ErrUnavailable)
 		}
@@ -253,9 +219,37 @@ func (j *Journal) dropIngests(_ context.Context, found *Recovery) error {
 	return nil
 }
 
+// wanted tells whether a blob, if it is known which, is not in the store.
+func (j *Journal) wanted(ctx context.Context, blob layout.BlobDigest) (wanted bool, err error) {
+	err = j.db.View(ctx, func(tx *metadata.Tx) error {
+		wanted = blob == "" || !tx.Blobs().Has(blob)
+		return nil
+	})
+	return wanted, err
+}
+
+// dropCacheMounts removes those that were being filled with what they begin
+// with.
+func (j *Journal) dropCacheMounts(_ context.Context, found *Recovery) error {
+	mounts, err := os.ReadDir(j.root.Path(layout.CacheMountDir))
+	if err != nil {
+		return missing(err)
+	}
+	for _, m := range mounts {
+		if !strings.HasSuffix(m.Name(), layout.CacheMountBegun) {
+			continue
+		}
+		if err := j.root.Rename(layout.CacheMountPath(m.Name()), layout.TrashPath(layout.NewID())); err != nil {
+			return err
+		}
+		found.Discarded++
+	}
+	return nil
+}
+
 // isResumable tells whether an ingest has data and a description, which may
 // have been lost together, and may be gone on with by another process.
-func (j *Journal) isResumable(rel string) (bool, error) {
+func (j *Journal) isResumable(ctx context.Context, rel string) (bool, error) {
 	data, err := os.ReadFile(j.root.Path(path.Join(rel, layout.IngestInfo)))
 	if err == nil {
 		_, err = os.Lstat(j.root.Path(path.Join(rel, layout.IngestData)))
@@ -264,7 +258,10 @@ func (j *Journal) isResumable(rel string) (bool, error) {
 		return false, nil
 	}
 	var info layout.IngestRecord
-	return err == nil && json.Unmarshal(data, &info) == nil && !info.Private, err
+	if err != nil || json.Unmarshal(data, &info) != nil || info.Private {
+		return false, err
+	}
+	return j.wanted(ctx, info.Expected)
 }
 
 // emptyTrash deletes what has no row. What has one is the sweeper's.

@@ -89,8 +89,7 @@ func StagingPath(boot string, id LayerID) string { return path.Join(StagingDir, 
 // ContainerPath is the directory of a container.
 func ContainerPath(id ContainerID) string { return path.Join(ContainersDir, string(id)) }
 
-// Files of a container's directory that are there before the container is
-// recorded; a start adds others.
+// Files of a container's directory.
 const (
 	ContainerConfig = "config.json" // what the shim is to run
 	ContainerImage  = "image.json"  // the config of its image, as it was then
@@ -103,6 +102,13 @@ func QuarantinePath(id string) string { return path.Join(QuarantineDir, id) }
 // QuarantineNote, in a repair's directory, says what was found where: a
 // [QuarantineRecord].
 const QuarantineNote = "note.json"
+
+// CacheMountPath is where a cache mount stands. While it is filled with what it
+// begins with, its name ends with [CacheMountBegun].
+func CacheMountPath(key string) string { return path.Join(CacheMountDir, key) }
+
+// CacheMountBegun is the end of the name of a cache mount that nobody uses yet.
+const CacheMountBegun = ".new"
 
 // TrashPath is where something with a sweep row waits to be deleted.
 func TrashPath(id string) string { return path.Join(TrashDir, id) }

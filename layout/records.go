@@ -80,9 +80,14 @@ type LayerRecord struct {
 	// parents while it was unpacked, and so belongs to that chain alone.
 	ChainID  ChainID    `json:"chainID,omitempty"`
 	Manifest BlobDigest `json:"manifest"` // what the tree must hold, file by file
-	Size     int64      `json:"size"`     // bytes of disk the tree takes
-	Inodes   int64      `json:"inodes"`
-	Created  time.Time  `json:"created"`
+	// Size is what the tree takes of the disk: the regular files in blocks
+	// of 4 KiB, each inode once and holes as if they were written, and one
+	// block for each directory. What a file system may need beside that is
+	// not in it: more blocks of a large directory, one for a long link, for
+	// xattrs, for a list of extents.
+	Size    int64     `json:"size"`
+	Inodes  int64     `json:"inodes"`
+	Created time.Time `json:"created"`
 	// Damaged is when a repair could not make the tree whole: it is not
 	// used until a pull or a later repair has.
 	Damaged time.Time `json:"damaged,omitzero"`

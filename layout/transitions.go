@@ -44,8 +44,9 @@ const (
 	PointActiveMade     = "active.made"
 	PointActiveRecorded = "active.recorded"
 
-	PointContainerMade     = "container.made"
-	PointContainerRecorded = "container.recorded"
+	PointContainerMade = "container.made"
+
+	PointCacheMountBegun = "cachemount.begun"
 
 	PointRepairMade  = "repair.made"
 	PointRepairGiven = "repair.given"
@@ -71,7 +72,7 @@ func Transitions() []Transition {
 		{"T-C3", "create", "the database under its name", Stay, "none", PointCreatePublished},
 
 		{"T-N1", "ingest", "ingest/<id> that nobody can go on with: without info or data, with a torn info, or private", Back, "it is removed", PointIngestOpened},
-		{"T-N2", "ingest", "ingest/<id> with some of the data", Resume, "the next writer hashes what is there and goes on behind it", PointIngestPartial},
+		{"T-N2", "ingest", "ingest/<id> with some of the data", Resume, "the next writer hashes what is there and goes on behind it; if the blob has come another way it is removed", PointIngestPartial},
 		{"T-N3", "ingest", "ingest/<id> with all of the data, verified, no intent", Resume, "as T-N2; nothing is left to fetch", PointIngestWhole},
 
 		{"T-U1", "unpack", "staging/<boot>/<id> incomplete, no intent", Back, "to the trash", PointTreePartial},
@@ -88,8 +89,9 @@ func Transitions() []Transition {
 		{"T-A1", "prepare", "active/<id> without a record, its tree empty", Back, "it is removed; one whose tree holds anything is adopted, not removed", PointActiveMade},
 		{"T-A2", "prepare", "record and directory", Stay, "none", PointActiveRecorded},
 
-		{"T-D1", "create container", "containers/<id> without a record, with nothing in it but what creation makes", Back, "to the trash; one with anything else in it, or that a rebuilt database knows nothing of, is adopted", PointContainerMade},
-		{"T-D2", "create container", "record, directory and writable layer", Stay, "none", PointContainerRecorded},
+		{"T-K1", "container", "containers/<id> without a record, held by a lease", Back, "it goes with the lease; one that no lease holds is adopted", PointContainerMade},
+
+		{"T-M1", "cache mount", "cachemounts/<key>.new, what it begins with not all copied", Back, "it is removed", PointCacheMountBegun},
 
 		{"T-Q1", "repair", "quarantine/<id> with good files that have no names in the layer yet", Stay, "none: the next check finds what is still bad", PointRepairMade},
 		{"T-Q2", "repair", "quarantine/<id> with what was bad, the good files in its place, directories' times perhaps not set", Stay, "none: the next check finds a wrong time", PointRepairGiven},

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	bolt "go.etcd.io/bbolt"
+
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -58,15 +60,11 @@ func (tx *Tx) noteEdge(e layout.Edge, value []byte) {
 // where the next opening finds them if they do not get into the file. It
 // returns their line, nil if there is nothing to tell.
 func (l *changeLog) stage(tx *Tx) (line []byte, err error) {
-	tail := tx.bolt.Bucket([]byte(layout.BucketLogTail))
 	l.mu.Lock()
 	synced := l.synced
 	l.mu.Unlock()
-	c := tail.Cursor()
-	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(synced); k, _ = c.First() {
-		if err := remove(tail, k); err != nil {
-			return nil, err
-		}
+	if err := dropTail(tx.bolt, synced); err != nil {
+		return nil, err
 	}
 	last, err := tx.lastChange()
 	if err == nil && len(*tx.changes) > 0 {
@@ -331,6 +329,27 @@ func (db *DB) writeLog() error {
 	}
 	db.log.begin(f, last)
 	db.log.synced = last
+	return db.forgetTail(last)
+}
+
+// forgetTail takes the lines up to last out of the database, which the log has
+// by now. Left to the next commit they would have every opening until then
+// look for the line before them, which a log that was written anew has not.
+func (db *DB) forgetTail(last uint64) error {
+	return db.guard(func() error {
+		return db.bolt.Update(func(btx *bolt.Tx) error { return errors.Join(dropTail(btx, last), (&Tx{bolt: btx}).mark(last)) })
+	})
+}
+
+// dropTail deletes the lines up to a number.
+func dropTail(tx *bolt.Tx, last uint64) error {
+	tail := tx.Bucket([]byte(layout.BucketLogTail))
+	c := tail.Cursor()
+	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(last); k, _ = c.First() {
+		if err := remove(tail, k); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

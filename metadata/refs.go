@@ -116,12 +116,28 @@ func (tx *Tx) free(n layout.Node) error {
 			if err := tx.cut(e); err != nil {
 				return err
 			}
-			if !e.Child.Root() && !tx.Referenced(e.Child) {
+			switch {
+			case tx.Referenced(e.Child):
+			case !e.Child.Root():
 				todo = append(todo, e.Child)
+			case !tx.Exists(e.Child):
+				if err := tx.unmake(e.Child); err != nil {
+					return err
+				}
 			}
 		}
 	}
 	return nil
+}
+
+// unmake queues the files of a container that an operation held while it made
+// it, and that no record was made of.
+func (tx *Tx) unmake(n layout.Node) error {
+	kind, id := n.Split()
+	if kind != layout.KindContainer {
+		return nil
+	}
+	return tx.Sweep(n, layout.ContainerPath(layout.ContainerID(id)))
 }
 
 // erase deletes the record of n and queues its files.

@@ -122,6 +122,35 @@ func TestDropFreesAChain(t *testing.T) {
 	}
 }
 
+// The directory of a container that was being made goes with the lease that
+// held it, unless the container came to be.
+func TestLeaseOfAContainer(t *testing.T) {
+	db := newDB(t)
+	lease := db.NewLease("test")
+	must(t, lease.Hold(t.Context(), func(*Tx) ([]layout.Node, error) {
+		return []layout.Node{layout.ContainerNode("made"), layout.ContainerNode("unmade")}, nil
+	}))
+	doUpdate(t, db, func(tx *Tx) error {
+		return tx.Containers().Put("made", layout.ContainerRecord{Name: "made"})
+	})
+	must(t, lease.Release(t.Context()))
+	checkEdgesPaired(t, db)
+	view(t, db, func(tx *Tx) error {
+		var swept []string
+		err := tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {
+			swept = append(swept, s.Path)
+			return nil
+		})
+		if want := []string{layout.ContainerPath("unmade")}; !slices.Equal(swept, want) {
+			t.Errorf("swept is %q, want %q", swept, want)
+		}
+		if !tx.Containers().Has("made") {
+			t.Error("the container that came to be is gone")
+		}
+		return err
+	})
+}
+
 // checkChain checks that the first kept of n snapshots are there, with what
 // they need, and that of the others only sweeps are left.
 func checkChain(t *testing.T, db *DB, kept, n int) {

@@ -188,7 +188,7 @@ func TestBlobsHeal(t *testing.T) {
 		h.with(t, func(_ context.Context, e *daemon.Engine) { h.pull(t, e, "stacked:1") })
 		h.whole(t, varve.FsckReport{})
 	}
-	if err := os.RemoveAll(filepath.Dir(h.find(t, victimFile)) + "/../.."); err != nil {
+	if err := os.RemoveAll(filepath.Join(h.find(t, victimFile), "../../..")); err != nil {
 		t.Fatal(err)
 	}
 	h.with(t, func(ctx context.Context, e *daemon.Engine) {

@@ -36,12 +36,13 @@ type Unpack struct {
 
 // place is where one layer of the chain is.
 type place struct {
-	id      layout.LayerID
-	exists  bool   // committed before
-	staging string // otherwise: where it is being unpacked
-	tree    *durable.Tree
-	applied *layer.Applied
-	files   *layer.Manifest // of a finished tree
+	id       layout.LayerID
+	exists   bool   // committed before
+	staging  string // otherwise: where it is being unpacked
+	manifest string // the place of its file manifest, likewise
+	tree     *durable.Tree
+	applied  *layer.Applied
+	files    *layer.Manifest // of a finished tree
 }
 
 // Begin prepares to unpack an image whose layers have these DiffIDs, the
@@ -223,11 +224,11 @@ func (u *Unpack) finishLayer(ctx context.Context, i int, now time.Time, in *layo
 		return nil
 	}
 	twins[rec.Key()] = i
-	blob, scratch, err := u.snap.stageManifest(p.files, u.barrier)
+	blob, at, err := u.snap.stageManifest(p.files, u.barrier)
 	if err != nil {
 		return err
 	}
-	_ = scratch // the journal removes it with the blob's move
+	p.manifest = at
 	rec.Manifest = blob.Digest
 	rec.Size, rec.Inodes = p.files.Usage()
 	in.Blobs = append(in.Blobs, blob)
@@ -279,8 +280,10 @@ func (u *Unpack) Abandon() {
 		if p.tree != nil {
 			p.tree.Close()
 		}
-		if p.staging != "" {
-			u.snap.journal.Discard(p.staging)
+		for _, at := range []string{p.staging, p.manifest} {
+			if at != "" {
+				u.snap.journal.Discard(at)
+			}
 		}
 	}
 }

@@ -168,6 +168,8 @@ func readAnswer(r io.Reader, progress func(Event), out io.Writer, result any) er
 			if _, err := out.Write(f.Data); err != nil {
 				return fmt.Errorf("write output: %w: %w", err, errdefs.ErrUnavailable)
 			}
+		case len(f.Result) == 0:
+			return fmt.Errorf("an answer that says nothing: %w", errdefs.ErrInternal)
 		default:
 			if result == nil {
 				return nil

@@ -76,8 +76,12 @@ type call struct {
 func handle[Req any](mux *http.ServeMux, name string, fn func(*call, Req) (any, error)) {
 	mux.HandleFunc("POST "+Prefix+name, func(w http.ResponseWriter, r *http.Request) {
 		ctl := http.NewResponseController(w)
-		// A client may send its build context while events come back.
+		// A client may send its build context while events come back. What
+		// the call has not read of it makes the connection unfit for another.
 		_ = ctl.EnableFullDuplex()
+		if r.ContentLength < 0 {
+			w.Header().Set("Connection", "close")
+		}
 		c := &call{ctx: r.Context(), enc: json.NewEncoder(w), flush: ctl.Flush}
 		w.Header().Set("Content-Type", "application/x-ndjson")
 		var req Req
@@ -115,6 +119,9 @@ func (c *call) event(e Event) { c.send(frame{Event: &e}) }
 func (c *call) Write(p []byte) (int, error) {
 	if err := c.ctx.Err(); err != nil {
 		return 0, err
+	}
+	if len(p) == 0 {
+		return 0, nil // a frame of nothing says nothing
 	}
 	c.send(frame{Data: p})
 	return len(p), nil

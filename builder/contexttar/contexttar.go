@@ -162,8 +162,9 @@ func (p *packer) add(rel, full string, d fs.DirEntry) error {
 	return err
 }
 
-// Extract unpacks a stream of [Open] into dir, which is the caller's. A name
-// that leads out of dir is an error of kind ErrInvalidArgument.
+// Extract unpacks a stream of [Open] into dir, which is the caller's, and reads
+// it to its end: only behind that a server notices that its client is gone. A
+// name that leads out of dir is an error of kind ErrInvalidArgument.
 func Extract(ctx context.Context, r io.Reader, dir string) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -177,9 +178,10 @@ func Extract(ctx context.Context, r io.Reader, dir string) error {
 		}
 		hdr, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err == nil {
+			if _, err = io.Copy(io.Discard, r); err == nil {
+				return nil
+			}
+		} else if err == nil {
 			err = extractEntry(root, hdr, tr)
 		}
 		if err != nil {

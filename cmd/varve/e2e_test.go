@@ -367,6 +367,11 @@ func TestDaemon(t *testing.T) {
 	if out := h.run(at, "run", "--rm", "remote"); out != "through the socket\n" {
 		t.Errorf("run: %q", out)
 	}
+	archive := filepath.Join(t.TempDir(), "image.tar")
+	h.run(at, "save", "-o", archive, "remote")
+	if out := newHost(t).run("load", "-q", "-i", archive); out != "Loaded image: remote:latest\n" {
+		t.Errorf("load of what was saved through the socket: %q", out)
+	}
 	if out := h.run(at, "fsck", "--deep"); !strings.Contains(out, "clean") {
 		t.Errorf("fsck:\n%s", out)
 	}

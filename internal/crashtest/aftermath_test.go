@@ -61,6 +61,13 @@ func recoverStore(dir string, args []string, mark func(string, ...any)) error {
 	for _, f := range report.Findings {
 		mark("finding %s %s %s: %s", f.Invariant, f.Severity, f.Object, f.Detail)
 	}
+	r, err := readRecords(dir)
+	if err != nil {
+		return err
+	}
+	for _, left := range slices.Concat(underWay(r), leftovers(dir, r), useless(dir, r)) {
+		mark("finding %s", left)
+	}
 	return eachLayer(dir, func(id, hash string) { mark("layer %s %s", id, hash) })
 }
 

@@ -8,6 +8,12 @@
 // what was acknowledged, a hash of each layer that shares no code with varve,
 // and the witness; and the instruments: kill_test.go, simulate_test.go,
 // powercut_test.go, faults_test.go.
+//
+// Varve's own commands are killed on stores that live on: commands_test.go is
+// the campaign, repertoire_test.go what is run, settings_test.go how,
+// told_test.go the ledger, closed_test.go and accounts_test.go what must not be
+// left. cancel_test.go calls operations off, recovery_test.go counts what a
+// recovery does.
 // Package snapshotter has the same below images, in one process.
 //
 // It consists of tests only.

@@ -56,7 +56,8 @@ func TestKillAtEveryPoint(t *testing.T) {
 	}
 }
 
-// TestKillAtRandom kills a store at work at moments that nobody chose.
+// TestKillAtRandom kills a store at work at moments that nobody chose. The rest
+// of CASES is TestKillCommands'.
 func TestKillAtRandom(t *testing.T) {
 	at := newPlace(t, 6, 30)
 	dir := t.TempDir()
@@ -68,7 +69,7 @@ func TestKillAtRandom(t *testing.T) {
 	}
 	whole := time.Since(began)
 	random := rand.New(rand.NewPCG(seed(t), 0))
-	killed, n := 0, caseCount(t, 10)
+	killed, n := 0, caseCount(t, 50)/5
 	for i := range n {
 		w := at.worker("work")
 		w.KillAfter = time.Duration(random.Int64N(int64(whole)))

@@ -33,6 +33,8 @@ var roles = map[string]powercut.Role{
 	"pull and remove": pullAndRemove,
 	"build twice":     buildTwice,
 	"recover":         recoverStore,
+	"pull and die":    pullAndDie,
+	"count recovery":  countRecovery,
 }
 
 func TestMain(m *testing.M) {
@@ -93,12 +95,13 @@ const (
 // work is a store at work.
 type work struct {
 	*daemon.Engine
-	db     *metadata.DB
-	dir    string
-	remote string
-	state  string
-	mark   func(string, ...any)
-	hashed map[string]bool
+	db      *metadata.DB
+	dir     string
+	remote  string
+	state   string
+	mark    func(string, ...any)
+	hashed  map[string]bool
+	archive []byte // for who loads one
 }
 
 // workOnStore is the workload as a worker's role. args are those of place:
@@ -240,7 +243,7 @@ func (w *work) build(name string, number int) step {
 		}
 		from := "FROM " + w.remote + "/" + smallName
 		dockerfile := from + " AS files\nCOPY file-1* /some/\nRUN rm /some/file-10 && mkdir /ran && echo here >/ran/it\n" +
-			from + fmt.Sprintf("\nCOPY --from=files /some /some\nCOPY file-%d /etc/file\nRUN ln /etc/file /etc/same\nLABEL built=here\n", number)
+			from + fmt.Sprintf("\nCOPY --from=files /some /some\nCOPY file-%d /etc/file\nRUN --mount=type=cache,from=files,source=/some,target=/cache ln /etc/file /etc/same\nLABEL built=here\n", number)
 		return w.change("+"+name, func() error {
 			_, err := w.Build(ctx, varve.BuildRequest{
 				DockerfileBytes: []byte(dockerfile), Tags: []string{name},

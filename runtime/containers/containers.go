@@ -6,7 +6,9 @@
 // runtime so that the shim's binary does not carry the store.
 //
 // Invariants kept: C1, C2. Crash story: the directory and the snapshot, held
-// by a lease, come first, the record last: transitions T-D1 and T-D2.
+// by a lease, come first, the record last; what a crash leaves of an unrecorded
+// container goes with the lease. A directory that no lease held is never
+// removed.
 package containers
 
 import (
@@ -69,8 +71,13 @@ func (s *Store) Create(ctx context.Context, image Image, spec runtime.Spec) (lay
 		spec.Env = append(spec.Env, "HOSTNAME="+spec.Hostname) // as docker does
 	}
 	lease := s.db.NewLease("create container " + string(id[:12]))
-	defer func() { _ = lease.Release(ctx) }() // it expires
-	if err := lease.Make(ctx); err != nil {
+	defer func() {
+		_ = lease.Release(ctx) // it expires
+		s.journal.Kick()
+	}()
+	if err := lease.Hold(ctx, func(*metadata.Tx) ([]layout.Node, error) {
+		return []layout.Node{layout.ContainerNode(id)}, nil
+	}); err != nil {
 		return "", "", err
 	}
 	key := layout.SnapshotKey("container:" + id)
@@ -94,14 +101,13 @@ func (s *Store) Create(ctx context.Context, image Image, spec runtime.Spec) (lay
 		// There from the beginning, so that a start can be locked out.
 		err = s.root.WriteFile(path.Join(dir, layout.ContainerLock), nil, 0o600)
 	}
-	durable.At(layout.PointContainerMade)
-	if err == nil {
-		err = s.record(ctx, id, image.Name, key, spec.Name)
-	}
 	if err != nil {
-		return "", "", errors.Join(err, s.root.RemoveAll(dir))
+		return "", "", err
 	}
-	durable.At(layout.PointContainerRecorded)
+	durable.At(layout.PointContainerMade)
+	if err := s.record(ctx, id, image.Name, key, spec.Name); err != nil {
+		return "", "", err
+	}
 	return id, s.root.Path(dir), nil
 }
 
