@@ -25,7 +25,8 @@ type Ingest struct {
 	store *Store
 	id    layout.IngestID
 	info  layout.IngestRecord
-	file  *durable.File
+	file  *durable.File // nil once it is sealed
+	size  int64         // of a sealed one
 	hash  hash.Hash
 	last  time.Time // of the last write
 }
@@ -42,6 +43,9 @@ const blobPerm fs.FileMode = 0o444
 func (s *Store) OpenIngest(ctx context.Context, ref string, expected layout.BlobDigest, total int64) (*Ingest, error) {
 	if err := layout.CheckName("ingest reference", ref); err != nil {
 		return nil, err
+	}
+	if err := s.journal.FinishPending(ctx); err != nil {
+		return nil, fmt.Errorf("ingest %q: %w", ref, err)
 	}
 	id := layout.IngestFor(ref)
 	if !s.lock(id) {
@@ -162,7 +166,12 @@ func (in *Ingest) rehash(ctx context.Context) error {
 }
 
 // Size returns how many bytes the ingest holds: where the next write goes.
-func (in *Ingest) Size() int64 { return in.file.Size() }
+func (in *Ingest) Size() int64 {
+	if in.file == nil {
+		return in.size
+	}
+	return in.file.Size()
+}
 
 // Write appends p.
 func (in *Ingest) Write(p []byte) (int, error) {
@@ -213,10 +222,11 @@ func (in *Ingest) Seal(barrier *durable.Barrier, rec layout.BlobRecord) (layout.
 	if rec.Updated.IsZero() {
 		rec.Updated = rec.Created
 	}
-	if err := in.file.Seal(barrier, blobPerm); err != nil {
+	file := in.file
+	in.file, in.size = nil, rec.Size
+	if err := file.Seal(barrier, blobPerm); err != nil {
 		return layout.BlobMove{}, err
 	}
-	in.file = nil
 	durable.At(layout.PointIngestWhole)
 	return layout.BlobMove{Digest: digest, From: in.path(layout.IngestData), Record: rec}, nil
 }

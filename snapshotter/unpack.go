@@ -39,6 +39,7 @@ type place struct {
 	id      layout.LayerID
 	exists  bool   // committed before
 	staging string // otherwise: where it is being unpacked
+	scratch string // and where its file manifest was written
 	tree    *durable.Tree
 	applied *layer.Applied
 	files   *layer.Manifest // of a finished tree
@@ -227,7 +228,7 @@ func (u *Unpack) finishLayer(ctx context.Context, i int, now time.Time, in *layo
 	if err != nil {
 		return err
 	}
-	_ = scratch // the journal removes it with the blob's move
+	p.scratch = scratch
 	rec.Manifest = blob.Digest
 	rec.Size, rec.Inodes = p.files.Usage()
 	in.Blobs = append(in.Blobs, blob)
@@ -279,8 +280,10 @@ func (u *Unpack) Abandon() {
 		if p.tree != nil {
 			p.tree.Close()
 		}
-		if p.staging != "" {
-			u.snap.journal.Discard(p.staging)
+		for _, dir := range []string{p.staging, p.scratch} {
+			if dir != "" {
+				u.snap.journal.Discard(dir)
+			}
 		}
 	}
 }
