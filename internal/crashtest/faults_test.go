@@ -18,6 +18,7 @@ import (
 
 	"varve.dev/daemon"
 	"varve.dev/errdefs"
+	"varve.dev/fsck"
 	"varve.dev/internal/faultcall"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
@@ -63,7 +64,11 @@ func faultyWork(dir string, args []string, mark func(string, ...any), steps func
 	if err := e.Close(ctx); err != nil {
 		mark(fact+"close %q", err)
 	}
-	return tellTrees(dir, mark)
+	report, err := fsck.Run(ctx, fsck.Options{Root: dir, Level: layout.Normal})
+	for _, f := range report.Findings {
+		mark(fact+"left %q", fmt.Sprint(f.Invariant, " ", f.Object, ": ", f.Detail))
+	}
+	return errors.Join(err, tellTrees(dir, mark))
 }
 
 // tellTrees tells what is in all layers, but for what is of the run: the times,
@@ -258,6 +263,9 @@ func (f *faulty) told(o outcome, p faultcall.Plan) (wrong []string) {
 	if again := o.said("again"); again != "" && (!p.Stays || !strings.Contains(again, cause)) {
 		wrong = append(wrong, "once more, it ends in another error")
 	}
+	if left := o.said("left"); left != "" && !p.Stays && o.said("poisoned") == "" && !failedRemoval(o) {
+		wrong = append(wrong, "not clean when it is closed: "+left)
+	}
 	if flush := f.failedFlush(o); flush != "" && len(o.marks) > 0 && o.said("error") != "" && o.said("poisoned") == "" {
 		wrong = append(wrong, "after "+flush+" failed the store goes on")
 	}
@@ -274,6 +282,12 @@ func says(text string, failed []faultcall.Change) bool {
 		}
 		return strings.Contains(text, name) || strings.Contains(text, "Dockerfile:")
 	})
+}
+
+// failedRemoval tells whether it was a removal that failed: what stays then is
+// removed when the store is opened again.
+func failedRemoval(o outcome) bool {
+	return slices.ContainsFunc(o.failed, func(c faultcall.Change) bool { return c.Call == "unlinkat" })
 }
 
 // failedFlush is the flush of a file of the store that failed, if one did.
