@@ -44,9 +44,6 @@ func (s *Store) OpenIngest(ctx context.Context, ref string, expected layout.Blob
 	if err := layout.CheckName("ingest reference", ref); err != nil {
 		return nil, err
 	}
-	if err := s.journal.FinishPending(ctx); err != nil {
-		return nil, fmt.Errorf("ingest %q: %w", ref, err)
-	}
 	id := layout.IngestFor(ref)
 	if !s.lock(id) {
 		return nil, fmt.Errorf("ingest %q is being written by someone else: %w", ref, errdefs.ErrUnavailable)
@@ -65,7 +62,11 @@ func (s *Store) NewIngest(ctx context.Context, purpose string, expected layout.B
 
 func (s *Store) begin(ctx context.Context, id layout.IngestID, rec layout.IngestRecord) (*Ingest, error) {
 	rec.Started = time.Now().UTC()
-	in, err := s.openIngest(ctx, id, rec)
+	var in *Ingest
+	err := s.journal.FinishPending(ctx) // it may be of what is left here
+	if err == nil {
+		in, err = s.openIngest(ctx, id, rec)
+	}
 	if err != nil {
 		s.unlock(id)
 		return nil, fmt.Errorf("ingest %q: %w", rec.Ref, err)
@@ -173,8 +174,11 @@ func (in *Ingest) Size() int64 {
 	return in.file.Size()
 }
 
-// Write appends p.
+// Write appends p. Errors: ErrFailedPrecondition once it is sealed.
 func (in *Ingest) Write(p []byte) (int, error) {
+	if in.file == nil {
+		return 0, fmt.Errorf("ingest %q is sealed: %w", in.info.Ref, errdefs.ErrFailedPrecondition)
+	}
 	n, err := in.file.Write(p)
 	in.hash.Write(p[:n])
 	in.last = time.Now().UTC()

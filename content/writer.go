@@ -202,14 +202,14 @@ func adaptStatus(st ccontent.Status) filters.Adaptor {
 // Abort throws an ingest away. Errors: ErrNotFound; ErrUnavailable while a
 // writer has it open.
 func (s *Store) Abort(ctx context.Context, ref string) error {
-	if err := s.journal.FinishPending(ctx); err != nil {
-		return fmt.Errorf("ingest %q: %w", ref, err)
-	}
 	id := layout.IngestFor(ref)
 	if !s.lock(id) {
 		return fmt.Errorf("ingest %q is being written: %w", ref, errdefs.ErrUnavailable)
 	}
 	defer s.unlock(id)
+	if err := s.journal.FinishPending(ctx); err != nil {
+		return fmt.Errorf("ingest %q: %w", ref, err) // it may be of this one
+	}
 	if _, err := os.Lstat(s.root.Path(layout.IngestPath(id))); err != nil {
 		return fmt.Errorf("ingest %q: %w: %w", ref, err, errdefs.ErrNotFound)
 	}
