@@ -188,6 +188,11 @@ func (o outcome) said(word string) string {
 	return ""
 }
 
+// poisoned tells whether the store was, and so changed nothing any more.
+func (o outcome) poisoned() bool {
+	return strings.Contains(o.said("error")+o.said("poisoned")+o.said("close"), "poisoned by a failed sync")
+}
+
 // run runs the workload on a new store, with faults as planned.
 func (f *faulty) run(t *testing.T, p faultcall.Plan) (o outcome) {
 	t.Helper()
@@ -220,7 +225,7 @@ func (f *faulty) one(t *testing.T, p faultcall.Plan, trees string) string {
 	wrong := append(f.told(o, p), f.remains()...)
 	if _, err := os.Lstat(f.store); err == nil {
 		wrong = append(wrong, f.judge(f.store, ledgerOf(o.marks), factsOf(o.lines))...)
-		if p.Stays && f.givesBack && o.said("poisoned") == "" {
+		if p.Stays && f.givesBack && !o.poisoned() {
 			wrong = append(wrong, notGivenBack(f.store)...)
 		}
 	}
@@ -263,7 +268,7 @@ func (f *faulty) told(o outcome, p faultcall.Plan) (wrong []string) {
 	if again := o.said("again"); again != "" && (!p.Stays || !strings.Contains(again, cause)) {
 		wrong = append(wrong, "once more, it ends in another error")
 	}
-	if left := o.said("left"); left != "" && !p.Stays && o.said("poisoned") == "" && !failedRemoval(o) {
+	if left := o.said("left"); left != "" && !p.Stays && !o.poisoned() && !failedRemoval(o) {
 		wrong = append(wrong, "not clean when it is closed: "+left)
 	}
 	if flush := f.failedFlush(o); flush != "" && len(o.marks) > 0 && o.said("error") != "" && o.said("poisoned") == "" {
