@@ -26,7 +26,7 @@ type Ingest struct {
 	id    layout.IngestID
 	info  layout.IngestRecord
 	file  *durable.File // nil once it is sealed
-	size  int64         // then
+	size  int64         // of a sealed one
 	hash  hash.Hash
 	last  time.Time // of the last write
 }
@@ -62,7 +62,11 @@ func (s *Store) NewIngest(ctx context.Context, purpose string, expected layout.B
 
 func (s *Store) begin(ctx context.Context, id layout.IngestID, rec layout.IngestRecord) (*Ingest, error) {
 	rec.Started = time.Now().UTC()
-	in, err := s.openIngest(ctx, id, rec)
+	var in *Ingest
+	err := s.journal.FinishPending(ctx) // it may be of what is left here
+	if err == nil {
+		in, err = s.openIngest(ctx, id, rec)
+	}
 	if err != nil {
 		s.unlock(id)
 		return nil, fmt.Errorf("ingest %q: %w", rec.Ref, err)
@@ -170,8 +174,11 @@ func (in *Ingest) Size() int64 {
 	return in.file.Size()
 }
 
-// Write appends p.
+// Write appends p. Errors: ErrFailedPrecondition once it is sealed.
 func (in *Ingest) Write(p []byte) (int, error) {
+	if in.file == nil {
+		return 0, fmt.Errorf("ingest %q is sealed: %w", in.info.Ref, errdefs.ErrFailedPrecondition)
+	}
 	n, err := in.file.Write(p)
 	in.hash.Write(p[:n])
 	in.last = time.Now().UTC()
@@ -222,10 +229,11 @@ func (in *Ingest) Seal(barrier *durable.Barrier, rec layout.BlobRecord) (layout.
 	if rec.Updated.IsZero() {
 		rec.Updated = rec.Created
 	}
-	if err := in.file.Seal(barrier, blobPerm); err != nil {
+	file := in.file
+	in.file, in.size = nil, rec.Size
+	if err := file.Seal(barrier, blobPerm); err != nil {
 		return layout.BlobMove{}, err
 	}
-	in.file, in.size = nil, rec.Size
 	durable.At(layout.PointIngestWhole)
 	return layout.BlobMove{Digest: digest, From: in.path(layout.IngestData), Record: rec}, nil
 }

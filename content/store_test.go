@@ -18,6 +18,7 @@ import (
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
+	"varve.dev/journal"
 	"varve.dev/layout"
 )
 
@@ -351,5 +352,40 @@ func TestIngestsThatNobodyGoesOnWith(t *testing.T) {
 	}
 	if err := o.End(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A blob whose publication fails when its intent is recorded belongs to the
+// journal. Whoever comes with the same reference finishes it first, and touches
+// nothing while that fails.
+func TestPublicationThatFailsHalfWay(t *testing.T) {
+	o := teststore.New(t)
+	data := []byte("once laid down")
+	d := digest.FromBytes(data)
+	desc := ocispec.Descriptor{Digest: d, Size: int64(len(data))}
+	write := func() error {
+		return ccontent.WriteBlob(t.Context(), o.Blobs, "ref", bytes.NewReader(data), desc)
+	}
+	blobs := o.Root.Path("blobs/sha256")
+	if err := errors.Join(os.Rename(blobs, blobs+".moved"), os.WriteFile(blobs, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(); !errors.Is(err, journal.ErrIntended) {
+		t.Errorf("without a place for blobs: %v", err)
+	}
+	if err := write(); err == nil {
+		t.Error("once more, the same goes well")
+	}
+	if err := o.Blobs.Abort(t.Context(), "ref"); err == nil {
+		t.Error("the journal's ingest can be thrown away")
+	}
+	if err := errors.Join(os.Remove(blobs), os.Rename(blobs+".moved", blobs)); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(); err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) {
+		t.Error(err)
+	}
+	if got, err := o.Blobs.ReadBlob(t.Context(), layout.BlobDigest(d), 1<<20); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%q, %v", got, err)
 	}
 }

@@ -210,6 +210,9 @@ func (s *Store) Abort(ctx context.Context, ref string) error {
 		return fmt.Errorf("ingest %q is being written: %w", ref, errdefs.ErrUnavailable)
 	}
 	defer s.unlock(id)
+	if err := s.journal.FinishPending(ctx); err != nil {
+		return fmt.Errorf("ingest %q: %w", ref, err) // it may be of this one
+	}
 	if _, err := os.Lstat(s.root.Path(layout.IngestPath(id))); err != nil {
 		return fmt.Errorf("ingest %q: %w: %w", ref, err, errdefs.ErrNotFound)
 	}

@@ -123,8 +123,8 @@ func (b *Barrier) Abandon() {
 
 // Wait returns nil when the contents of every added file, and every name and
 // attribute that was made on this file system before the call, are durable.
-// The failure of a sync poisons the root. covers names the trees and files that the caller
-// counts on, for the observer.
+// The failure of a sync poisons the root. covers names the trees and files that
+// the caller counts on, for the observer.
 func (b *Barrier) Wait(covers ...string) error {
 	if err := b.root.Poisoned(); err != nil {
 		b.Abandon()

@@ -30,7 +30,7 @@ func (r *Root) MkdirAll(rel string, perm fs.FileMode) error {
 }
 
 // Mkdir makes one directory that must not exist. Its name is not yet durable:
-// it is for staging, whose loss is harmless.
+// it is for staging, whose loss is harmless. After an error it is not there.
 func (r *Root) Mkdir(rel string, perm fs.FileMode) error {
 	if err := r.may(rel); err != nil {
 		return err
@@ -45,11 +45,13 @@ func (r *Root) MkdirOwned(rel string, perm fs.FileMode, uid, gid int) error {
 		return err
 	}
 	// The owner comes first: chown takes the special bits away.
-	if err := os.Lchown(r.Path(rel), uid, gid); err != nil {
-		return kinded("change owner", err)
+	err := os.Lchown(r.Path(rel), uid, gid)
+	if err == nil {
+		err = os.Chmod(r.Path(rel), perm)
 	}
-	if err := os.Chmod(r.Path(rel), perm); err != nil {
-		return kinded("change mode", err)
+	if err != nil {
+		os.Remove(r.Path(rel))
+		return kinded("make directory", err)
 	}
 	r.observe(Op{Kind: OpSetattr, Path: rel})
 	return nil
@@ -61,6 +63,7 @@ func (r *Root) mkdir(rel string, perm fs.FileMode) error {
 	}
 	// The mode is ours to choose, whatever the caller's umask is.
 	if err := os.Chmod(r.Path(rel), perm); err != nil {
+		os.Remove(r.Path(rel))
 		return kinded("make directory", err)
 	}
 	r.observe(Op{Kind: OpMkdir, Path: rel})

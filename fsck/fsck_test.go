@@ -282,13 +282,15 @@ func TestUnderWay(t *testing.T) {
 	s.in(t, func(tx *bolt.Tx) error {
 		put(t, tx, layout.BucketIntents, "x", layout.IntentRecord{
 			Blobs:  []layout.BlobMove{{Digest: coming, From: "ingest/half/data"}},
-			Layers: []layout.LayerMove{{ID: "new", From: layout.StagingPath("other", "new")}},
+			Layers: []layout.LayerMove{{ID: "new", From: layout.StagingPath("other", "new")}, {ID: "taken", From: layout.ActivePath("taken")}},
 		})
+		link(t, tx, layout.IntentNode("x"), layout.RelHolds, layout.ActiveNode("taken"))
 		link(t, tx, layout.LeaseNode("lease"), layout.RelHolds, layout.LayerNode("leased"))
 		return nil
 	})
 	must(t,
 		os.WriteFile(s.path(layout.BlobPath(coming)), nil, 0o444), os.Mkdir(s.path(layout.LayerPath("leased")), 0o700),
+		os.Mkdir(s.path(layout.LayerPath("taken")), 0o700),
 		os.MkdirAll(s.path(layout.StagingPath("other", "new")), 0o700), os.MkdirAll(s.path(layout.StagingPath("this-boot", "x")), 0o700))
 	if r := s.check(t, layout.Deep); len(r.Findings) > 0 {
 		t.Errorf("%+v", r.Findings)

@@ -37,7 +37,8 @@ func (c *checker) edgeEnds(f found) {
 }
 
 // exists tells whether what a node stands for is recorded, readable or not;
-// of the directory of a writable layer, whether it is there.
+// of the directory of a writable layer, whether it is there, or an intent is
+// making a layer of it.
 func (c *checker) exists(n layout.Node) bool {
 	kind, id := n.Split()
 	ok, bucket := false, ""
@@ -67,7 +68,8 @@ func (c *checker) exists(n layout.Node) bool {
 		_, ok = c.rec.intents[layout.IntentID(id)]
 		bucket = layout.BucketIntents
 	case layout.KindActive:
-		return elementKey(id) == nil && !c.gone(layout.ActivePath(layout.LayerID(id)))
+		rel := layout.ActivePath(layout.LayerID(id))
+		return elementKey(id) == nil && (!c.gone(rel) || c.underWay()[rel])
 	case layout.KindAPI:
 		return n == layout.ContainerdNode
 	}

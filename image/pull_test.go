@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"strings"
@@ -9,8 +10,10 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
+	"varve.dev/layout"
 )
 
 func TestPullByTagAndDigest(t *testing.T) {
@@ -195,5 +198,32 @@ func TestPullResumes(t *testing.T) {
 		if !damage && sent > layer.Size/2+1 {
 			t.Errorf("the second pull fetched %d bytes, half of %d was there", sent, layer.Size)
 		}
+	}
+}
+
+// TestPullCancelledAtItsEnd: when everything is fetched and unpacked and nothing
+// is recorded yet. The next pull fetches no layer again.
+func TestPullCancelledAtItsEnd(t *testing.T) {
+	testkit.NeedRoot(t)
+	img := testkit.Busybox(t)
+	layer := firstLayer(t, img)
+	o, proxy, ref := setup(t, img, "lib/busybox:latest")
+	ctx, cancel := context.WithCancel(t.Context())
+	durable.OnPoint(func(point string) {
+		if point == layout.PointPublishDurable {
+			cancel()
+		}
+	})
+	defer durable.OnPoint(nil)
+	if _, err := o.Pull(ctx, ref, PullOptions{}); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v", err)
+	}
+	o.empty(t)
+	sent := proxy.Sent(layer.Digest.String())
+	if _, err := o.Pull(t.Context(), ref, PullOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if again := proxy.Sent(layer.Digest.String()) - sent; again > 0 {
+		t.Errorf("the second pull fetched %d bytes", again)
 	}
 }

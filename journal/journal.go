@@ -24,7 +24,10 @@ type Journal struct {
 	stop    context.CancelFunc
 	stopped sync.WaitGroup
 
-	mu       sync.Mutex
+	finishing chan struct{} // capacity 1: pending intents are being carried out
+
+	mu       sync.Mutex // guards the rest
+	pending  map[layout.IntentID]layout.IntentRecord
 	swept    chan struct{} // closed and replaced after each round of the sweeper
 	idle     bool          // the last round found nothing to do
 	sweepErr error         // of the last round
@@ -62,7 +65,10 @@ func Open(ctx context.Context, root *durable.Root, db *metadata.DB) (*Journal, R
 	if err != nil {
 		return nil, Recovery{}, err
 	}
-	j := &Journal{root: root, db: db, boot: boot, kick: make(chan struct{}, 1), swept: make(chan struct{})}
+	j := &Journal{
+		root: root, db: db, boot: boot, kick: make(chan struct{}, 1), swept: make(chan struct{}),
+		finishing: make(chan struct{}, 1), pending: map[layout.IntentID]layout.IntentRecord{},
+	}
 	found, err := j.recover(ctx)
 	if err != nil {
 		return nil, found, fmt.Errorf("recover store %s: %w", root.Path("."), err)

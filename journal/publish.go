@@ -17,9 +17,9 @@ import (
 )
 
 // ErrIntended is in the error of a publication whose intent is recorded, or may
-// be: the store's next owner finishes it, and until then the files that it
-// names are the journal's.
-var ErrIntended = errors.New("it is recorded, and will be finished when the store is opened again")
+// be: it is finished as soon as that is possible, by the store's next owner if
+// not by this one, and until then the files that it names are the journal's.
+var ErrIntended = errors.New("it is recorded, and will be finished")
 
 // Publish makes in real: after nil its blobs, layers, snapshots, images and
 // edges are durable, recorded and visible, all of them or, after an error
@@ -48,6 +48,7 @@ func (j *Journal) Publish(ctx context.Context, barrier *durable.Barrier, in layo
 	}
 	durable.At(layout.PointPublishIntended)
 	if err := j.carryOut(id, in); err != nil {
+		j.pend(id, in)
 		return fmt.Errorf("publish %s: %w: %w", in.Purpose, ErrIntended, err)
 	}
 	durable.At(layout.PointPublishRecorded)

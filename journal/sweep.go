@@ -93,8 +93,12 @@ func (j *Journal) endRound(idle bool, err error) {
 	j.swept = make(chan struct{})
 }
 
-// sweepSome carries out up to sweepBatch removals and returns how many.
+// sweepSome carries out what is pending, and up to sweepBatch removals, and
+// returns how many.
 func (j *Journal) sweepSome(ctx context.Context) (int, error) {
+	if err := j.FinishPending(ctx); err != nil {
+		return 0, err
+	}
 	rows, err := j.claim(ctx)
 	if err != nil || len(rows) == 0 {
 		return 0, err

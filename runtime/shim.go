@@ -135,7 +135,7 @@ func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer)
 	cmd.ExtraFiles = []*os.File{lifeline}
 	last := &lastWords{to: stderr}
 	cmd.Stdout, cmd.Stderr = stdout, last
-	if stdout == stderr {
+	if same(stdout, stderr) {
 		cmd.Stdout = last // one stream stays one
 	}
 	cmd.SysProcAttr.Setsid = true // a terminal's signals are the build's, not the step's
@@ -168,6 +168,12 @@ func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer)
 type lastWords struct {
 	to  io.Writer
 	end []byte
+}
+
+// same tells whether two writers are one; some cannot be compared.
+func same(a, b io.Writer) bool {
+	defer func() { _ = recover() }()
+	return a == b
 }
 
 // maxWords bounds what is kept.

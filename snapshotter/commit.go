@@ -45,6 +45,9 @@ func (s *Snapshotter) commit(ctx context.Context, holder layout.Node, name, key 
 	if err := layout.CheckName("snapshot name", string(name)); err != nil {
 		return err
 	}
+	if err := s.journal.FinishPending(ctx); err != nil {
+		return fmt.Errorf("commit snapshot %q: %w", key, err) // it may be this one
+	}
 	rec, err := s.checkCommit(ctx, name, key)
 	if err != nil {
 		return err

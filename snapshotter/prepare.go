@@ -2,7 +2,6 @@ package snapshotter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path"
@@ -117,10 +116,10 @@ func (s *Snapshotter) makeActive(id layout.LayerID, lowers []string) error {
 	if err := s.root.Mkdir(dir, 0o711); err != nil {
 		return err
 	}
-	err := errors.Join(
-		s.root.MkdirOwned(path.Join(dir, layout.TreeDir), perm, uid, gid),
-		s.root.Mkdir(path.Join(dir, layout.WorkDir), 0o711),
-	)
+	err := s.root.MkdirOwned(path.Join(dir, layout.TreeDir), perm, uid, gid)
+	if err == nil {
+		err = s.root.Mkdir(path.Join(dir, layout.WorkDir), 0o711)
+	}
 	if err == nil {
 		err = s.root.SyncNames(layout.ActiveDir, dir)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"varve.dev/daemon"
 	"varve.dev/errdefs"
+	"varve.dev/fsck"
 	"varve.dev/internal/faultcall"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
@@ -61,7 +62,11 @@ func faultyWork(dir string, args []string, mark func(string, ...any), steps func
 	if err := e.Close(ctx); err != nil {
 		mark(fact+"close %q", err)
 	}
-	return tellTrees(dir, mark)
+	report, err := fsck.Run(ctx, fsck.Options{Root: dir, Level: layout.Normal})
+	for _, f := range report.Findings {
+		mark(fact+"left %q", fmt.Sprint(f.Invariant, " ", f.Object, ": ", f.Detail))
+	}
+	return errors.Join(err, tellTrees(dir, mark))
 }
 
 // tellTrees tells what is in all layers, but for what is of the run: the times,
@@ -181,6 +186,11 @@ func (o faultRun) said(word string) string {
 	return ""
 }
 
+// poisoned tells whether the store was, and so changed nothing any more.
+func (o faultRun) poisoned() bool {
+	return strings.Contains(o.said("error")+o.said("poisoned")+o.said("close"), "poisoned by a failed sync")
+}
+
 // run runs the workload on a new store, with faults as planned.
 func (f *faulty) run(t *testing.T, p faultcall.Plan) (o faultRun) {
 	t.Helper()
@@ -213,7 +223,7 @@ func (f *faulty) one(t *testing.T, p faultcall.Plan, trees string) string {
 	wrong := append(f.told(o, p), f.remains()...)
 	if _, err := os.Lstat(f.store); err == nil {
 		wrong = append(wrong, f.judge(f.store, ledgerOf(o.marks), factsOf(o.lines), false).wrong...)
-		if p.Stays && f.givesBack && o.said("poisoned") == "" {
+		if p.Stays && f.givesBack && !o.poisoned() {
 			wrong = append(wrong, notGivenBack(f.store)...)
 		}
 	}
@@ -256,6 +266,9 @@ func (f *faulty) told(o faultRun, p faultcall.Plan) (wrong []string) {
 	if again := o.said("again"); again != "" && (!p.Stays || !strings.Contains(again, cause)) {
 		wrong = append(wrong, "once more, it ends in another error")
 	}
+	if left := o.said("left"); left != "" && !p.Stays && !o.poisoned() && !failedRemoval(o) {
+		wrong = append(wrong, "not clean when it is closed: "+left)
+	}
 	if flush := f.failedFlush(o); flush != "" && len(o.marks) > 0 && o.said("error") != "" && o.said("poisoned") == "" {
 		wrong = append(wrong, "after "+flush+" failed the store goes on")
 	}
@@ -272,6 +285,12 @@ func says(text string, failed []faultcall.Change) bool {
 		}
 		return strings.Contains(text, name) || strings.Contains(text, "Dockerfile:")
 	})
+}
+
+// failedRemoval tells whether it was a removal that failed: what stays then is
+// removed when the store is opened again.
+func failedRemoval(o faultRun) bool {
+	return slices.ContainsFunc(o.failed, func(c faultcall.Change) bool { return c.Call == "unlinkat" })
 }
 
 // failedFlush is the flush of a file of the store that failed, if one did.

@@ -11,8 +11,9 @@
 // Limits: names are compared as they are written, with no links resolved but
 // those of /proc/self/fd; a program that changes its root may have other files
 // under such a name. What the kernel itself writes, as overlayfs does for a
-// call on a mounted tree, is no call of anybody's. Written for and tested on
-// amd64; elsewhere only calls that all architectures have are in the table.
+// call on a mounted tree, is no call of anybody's. It wants root and Linux 5.19,
+// and was tested on amd64; elsewhere only calls that all architectures have are in
+// the table.
 //
 // It imports nothing of varve. Start reading at watch.go, then calls.go.
 package faultcall

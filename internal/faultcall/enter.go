@@ -26,7 +26,9 @@ func Enter() error {
 	if text == "" {
 		return nil
 	}
-	os.Unsetenv(variable)
+	if err := os.Unsetenv(variable); err != nil {
+		return err
+	}
 	names := strings.Split(text, ",")
 	socket, err := strconv.Atoi(names[0])
 	if err != nil {

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"varve.dev/internal/testkit"
 )
 
 // watched is set in the environment of the program that the tests watch: this
@@ -136,6 +138,7 @@ func shell(dir, command string) error {
 // watch runs the program under a plan and returns what it wrote.
 func watch(t *testing.T, p Plan) (w *Watch, took time.Duration, complaint string) {
 	t.Helper()
+	testkit.NeedRoot(t)
 	dir := filepath.Join(t.TempDir(), "dir")
 	p.Below = []string{dir}
 	if err := os.Mkdir(dir, 0o755); err != nil {

@@ -39,7 +39,7 @@ type Change struct {
 
 func (c Change) String() string { return c.Call + " " + c.Path }
 
-// Watch watches one program, with all that it starts.
+// Watch watches one program, started once, with all that it starts.
 type Watch struct {
 	plan Plan
 
