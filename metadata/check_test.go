@@ -169,6 +169,22 @@ func TestDatabaseThatWentBackIsRefused(t *testing.T) {
 	}
 }
 
+// A bucket of buckets that has lost some, while it is open.
+func TestBucketsThatGo(t *testing.T) {
+	for left := range byte(3) {
+		dir := t.TempDir()
+		db, err := Open(openRoot(t, dir), Options{})
+		must(t, err)
+		var root int64
+		view(t, db, func(tx *Tx) error { root = int64(tx.bolt.Cursor().Bucket().Root()); return nil })
+		overwrite(t, dir, root*4096+10, []byte{left, 0})
+		if err := db.Check(t.Context()); errdefs.AsCorrupt(err) == nil {
+			t.Errorf("%d buckets are left: %v", left, err)
+		}
+		db.Close()
+	}
+}
+
 // openLarge opens a database that opening does not read in full, and returns
 // where one of its leaves stands in the file.
 func openLarge(t *testing.T, dir string) (db *DB, leaf int64) {
