@@ -2,6 +2,7 @@ package metadata
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -88,6 +89,33 @@ func (db *DB) checkOpen(pace func(bytes int) error) error {
 	return db.View(context.Background(), func(tx *Tx) error {
 		c := &pageChecker{file: db.file, pageSize: uint64(db.bolt.Info().PageSize), leaves: true, pace: pace}
 		c.setHigh(uint64(tx.bolt.Size()) / c.pageSize)
-		return damaged(db.path, c.checkRoot(uint64(tx.bolt.Cursor().Bucket().Root())))
+		freelist, err := c.freelistOf(uint64(tx.bolt.ID()))
+		if err == nil && freelist != noFreelist {
+			err = c.checkFreelist(freelist)
+		}
+		if err == nil {
+			err = c.checkRoot(uint64(tx.bolt.Cursor().Bucket().Root()))
+		}
+		return damaged(db.path, err)
 	})
+}
+
+// freelistOf returns where the free list of a commit stands, noFreelist if two
+// more have been made since.
+func (c *pageChecker) freelistOf(commit uint64) (uint64, error) {
+	for try := 0; ; try++ {
+		first, ok := c.readMeta(0)
+		second, ok2 := c.readMeta(c.pageSize)
+		switch {
+		case ok && ok2 && first.txid == commit:
+			return first.freelist, nil
+		case ok && ok2 && second.txid == commit:
+			return second.freelist, nil
+		case ok && ok2:
+			return noFreelist, nil
+		case try == 3: // one that is being written has had the time
+			return 0, errors.New("a meta page is not valid")
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
