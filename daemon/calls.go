@@ -16,7 +16,7 @@ var _ varve.Backend = (*Keeper)(nil)
 // enter waits until the store is open, and returns the term, which the caller
 // leaves, with a context that ends with it. Errors: of ctx; why the store is
 // not open.
-func (k *Keeper) enter(ctx context.Context) (t *term, in context.Context, leave func(), err error) {
+func (k *Keeper) enter(ctx context.Context) (t *term, inner context.Context, leave func(), err error) {
 	for {
 		k.mu.Lock()
 		t, err, changed := k.term, k.err, k.changed
@@ -38,21 +38,21 @@ func (k *Keeper) enter(ctx context.Context) (t *term, in context.Context, leave 
 				return nil, nil, nil, ctx.Err()
 			}
 		}
-		in, cancel := context.WithCancel(ctx)
+		inner, cancel := context.WithCancel(ctx)
 		stop := context.AfterFunc(t.ctx, cancel)
-		return t, in, func() { stop(); cancel(); t.calls.Done() }, nil
+		return t, inner, func() { stop(); cancel(); t.calls.Done() }, nil
 	}
 }
 
-// in makes a call.
-func in[R any](ctx context.Context, k *Keeper, call func(context.Context, *Engine) (R, error)) (R, error) {
+// call makes a call in a term.
+func call[R any](ctx context.Context, k *Keeper, fn func(context.Context, *Engine) (R, error)) (R, error) {
 	t, inner, leave, err := k.enter(ctx)
 	if err != nil {
 		var none R
 		return none, err
 	}
 	defer leave()
-	r, err := call(inner, t.engine)
+	r, err := fn(inner, t.engine)
 	// Whatever was wrong, it may not be once the database is made anew.
 	if err != nil && ctx.Err() == nil && t.damaged() {
 		err = fmt.Errorf("%w (it was: %s)", varve.ErrReopened, firstLine(err))
@@ -60,35 +60,35 @@ func in[R any](ctx context.Context, k *Keeper, call func(context.Context, *Engin
 	return r, err
 }
 
-// do is in for calls that return nothing.
-func do(ctx context.Context, k *Keeper, call func(context.Context, *Engine) error) error {
-	_, err := in(ctx, k, func(ctx context.Context, e *Engine) (struct{}, error) { return struct{}{}, call(ctx, e) })
+// do is call for what returns nothing.
+func do(ctx context.Context, k *Keeper, fn func(context.Context, *Engine) error) error {
+	_, err := call(ctx, k, func(ctx context.Context, e *Engine) (struct{}, error) { return struct{}{}, fn(ctx, e) })
 	return err
 }
 
 // Info implements varve.Backend.
 func (k *Keeper) Info(ctx context.Context) (varve.Info, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.Info, error) { return e.Info(ctx) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.Info, error) { return e.Info(ctx) })
 }
 
 // Fsck implements varve.Backend.
 func (k *Keeper) Fsck(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.FsckReport, error) { return e.Fsck(ctx, req, progress) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.FsckReport, error) { return e.Fsck(ctx, req, progress) })
 }
 
 // Pull implements varve.Images.
 func (k *Keeper) Pull(ctx context.Context, req varve.PullRequest, progress func(varve.Event)) (varve.ImageSummary, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.ImageSummary, error) { return e.Pull(ctx, req, progress) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.ImageSummary, error) { return e.Pull(ctx, req, progress) })
 }
 
 // Push implements varve.Images.
 func (k *Keeper) Push(ctx context.Context, req varve.PushRequest, progress func(varve.Event)) (varve.PushResult, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.PushResult, error) { return e.Push(ctx, req, progress) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.PushResult, error) { return e.Push(ctx, req, progress) })
 }
 
 // Load implements varve.Images.
 func (k *Keeper) Load(ctx context.Context, archive io.Reader, progress func(varve.Event)) ([]varve.ImageSummary, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) ([]varve.ImageSummary, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) ([]varve.ImageSummary, error) {
 		return e.Load(ctx, archive, progress)
 	})
 }
@@ -105,34 +105,34 @@ func (k *Keeper) Tag(ctx context.Context, req varve.TagRequest) error {
 
 // List implements varve.Images.
 func (k *Keeper) List(ctx context.Context) ([]varve.ImageSummary, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) ([]varve.ImageSummary, error) { return e.List(ctx) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) ([]varve.ImageSummary, error) { return e.List(ctx) })
 }
 
 // Remove implements varve.Images.
 func (k *Keeper) Remove(ctx context.Context, req varve.RemoveRequest) (varve.RemoveResult, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.RemoveResult, error) { return e.Remove(ctx, req) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.RemoveResult, error) { return e.Remove(ctx, req) })
 }
 
 // Inspect implements varve.Images.
 func (k *Keeper) Inspect(ctx context.Context, name string) (json.RawMessage, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (json.RawMessage, error) { return e.Inspect(ctx, name) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (json.RawMessage, error) { return e.Inspect(ctx, name) })
 }
 
 // History implements varve.Images.
 func (k *Keeper) History(ctx context.Context, name string) ([]varve.HistoryEntry, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) ([]varve.HistoryEntry, error) { return e.History(ctx, name) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) ([]varve.HistoryEntry, error) { return e.History(ctx, name) })
 }
 
 // Build implements varve.Builder.
 func (k *Keeper) Build(ctx context.Context, req varve.BuildRequest, files varve.BuildContext, progress func(varve.Event)) (varve.BuildResult, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.BuildResult, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.BuildResult, error) {
 		return e.Build(ctx, req, files, progress)
 	})
 }
 
 // Create implements varve.Containers.
 func (k *Keeper) Create(ctx context.Context, req varve.CreateRequest, progress func(varve.Event)) (varve.Container, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.Container, error) { return e.Create(ctx, req, progress) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.Container, error) { return e.Create(ctx, req, progress) })
 }
 
 // Commit implements varve.Containers.

@@ -9,7 +9,7 @@ import (
 const (
 	DatabaseFile  = "varve.db"
 	LogFile       = "varve.log"        // what the database holds, once more; see [ChangeRecord]
-	SuspectFile   = "varve.db.suspect" // asks the next opening to look at every page and record
+	SuspectFile   = "varve.db.suspect" // asks the next opening to look at every page and record; how far the database was, and why
 	DamagedFile   = "varve.db.damaged" // the last database that had to be replaced
 	BlobsDir      = "blobs"
 	IngestDir     = "ingest"

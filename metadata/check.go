@@ -1,11 +1,10 @@
 package metadata
 
 import (
-	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
-	"time"
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -86,12 +85,29 @@ func (c *pageChecker) checkRoot(root uint64) error {
 			err = c.checkBucket(&buckets[i], &format)
 		}
 	}
-	if err != nil || !c.leaves || format != layout.FormatVersion {
-		return err // one of an older format has no sums; see [DB.migrate]
+	if err != nil || !c.leaves {
+		return err
 	}
+	return compareSums(buckets, format)
+}
+
+func compareSums(buckets []bucketSum, format int) error {
+	if format == 0 {
+		return errors.New("it has no store record")
+	}
+	if format != layout.FormatVersion {
+		return nil // an older one has no sums; see [DB.migrate]
+	}
+	there := map[string]bool{}
 	for _, b := range buckets {
+		there[b.name] = true
 		if b.says != b.has {
 			return &errdefs.Corrupt{Invariant: "M5", Object: "bucket " + b.name, Detail: fmt.Sprintf("its entries add up to %016x, not %016x", b.has, b.says)}
+		}
+	}
+	for _, name := range layout.Buckets() {
+		if !there[name] {
+			return fmt.Errorf("bucket %s is missing", name)
 		}
 	}
 	return nil
@@ -131,84 +147,4 @@ func (c *pageChecker) checkBucket(b *bucketSum, format *int) error {
 		return err
 	}
 	return c.walk(b.root, place{}, depth, each)
-}
-
-const (
-	// watchAfter is when a database is read in full that was too large for
-	// it when it was opened: most commands are done by then.
-	watchAfter = 30 * time.Second
-	// watchEvery is how often any database is, while it stays open.
-	watchEvery = 24 * time.Hour
-	// watchRate is how many bytes of it are read in a second. Pages that
-	// commits free meanwhile cannot be used again before it is over.
-	watchRate = 64 << 20
-	watchNap  = 10 * time.Millisecond
-)
-
-// firstWatch is how long watch waits, by what opening has read.
-func (db *DB) firstWatch(all bool) time.Duration {
-	if fi, err := db.file.Stat(); err == nil && !all && fi.Size() > maxPagesRead*int64(os.Getpagesize()) {
-		return watchAfter
-	}
-	return watchEvery
-}
-
-// watch reads the whole database now and then while it is open, until it finds
-// damage.
-func (db *DB) watch(first time.Duration) {
-	for wait := first; ; wait = watchEvery {
-		if db.pause(wait) != nil || db.checkOpen(db.pace()) != nil {
-			return
-		}
-	}
-}
-
-// errWatchEnds ends a check of a database that is being closed.
-var errWatchEnds = fmt.Errorf("the database is being closed: %w", errdefs.ErrUnavailable)
-
-// pause waits, unless the database is being closed.
-func (db *DB) pause(d time.Duration) error {
-	select {
-	case <-db.closing:
-		return errWatchEnds
-	default:
-	}
-	if d == 0 {
-		return nil
-	}
-	select {
-	case <-db.closing:
-		return errWatchEnds
-	case <-time.After(d):
-		return nil
-	}
-}
-
-// pace keeps a check to watchRate.
-func (db *DB) pace() func(bytes int) error {
-	began, read := time.Now(), 0
-	return func(n int) error {
-		read += n
-		nap := time.Duration(read)*time.Second/watchRate - time.Since(began)
-		if nap < watchNap {
-			nap = 0
-		}
-		return db.pause(nap)
-	}
-}
-
-// Check reads everything that the open database holds, past bbolt: from the
-// file, one page after the other, so that damage ends in an error and nothing
-// worse. Errors: Corrupt (M1, M2, M5), and whoever waits for [DB.Damaged] is
-// told; the end of ctx.
-func (db *DB) Check(ctx context.Context) error {
-	return db.checkOpen(func(int) error { return ctx.Err() })
-}
-
-func (db *DB) checkOpen(pace func(bytes int) error) error {
-	return db.View(context.Background(), func(tx *Tx) error {
-		c := &pageChecker{file: db.file, pageSize: uint64(db.bolt.Info().PageSize), leaves: true, pace: pace}
-		c.setHigh(uint64(tx.bolt.Size()) / c.pageSize)
-		return damaged(db.path, c.checkRoot(uint64(tx.bolt.Cursor().Bucket().Root())))
-	})
 }

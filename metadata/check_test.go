@@ -147,6 +147,44 @@ func TestDatabaseThatGoesBack(t *testing.T) {
 	}
 }
 
+// What was noticed is no less so for being consistent: a commit that the log
+// does not tell of is gone, and the next opening knows.
+func TestDatabaseThatWentBackIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	root := openRoot(t, dir)
+	db, err := Open(root, Options{})
+	must(t, err)
+	must(t, db.NewLease("before").Make(t.Context()))
+	old, err := os.ReadFile(filepath.Join(dir, layout.DatabaseFile))
+	must(t, err)
+	must(t, db.NewLease("gone").Make(t.Context()))
+	newest := int64(db.committed.Load()%2) * 4096
+	overwrite(t, dir, newest, old[newest:newest+4096]) // as if it had not been written
+	if err := db.View(t.Context(), func(*Tx) error { return nil }); errdefs.AsCorrupt(err) == nil {
+		t.Errorf("view: %v", err)
+	}
+	db.Close()
+	if _, err := Open(root, Options{}); errdefs.AsCorrupt(err) == nil {
+		t.Errorf("open again: %v", err)
+	}
+}
+
+// A bucket of buckets that has lost some, while it is open.
+func TestBucketsThatGo(t *testing.T) {
+	for left := range byte(3) {
+		dir := t.TempDir()
+		db, err := Open(openRoot(t, dir), Options{})
+		must(t, err)
+		var root int64
+		view(t, db, func(tx *Tx) error { root = int64(tx.bolt.Cursor().Bucket().Root()); return nil })
+		overwrite(t, dir, root*4096+10, []byte{left, 0})
+		if err := db.Check(t.Context()); errdefs.AsCorrupt(err) == nil {
+			t.Errorf("%d buckets are left: %v", left, err)
+		}
+		db.Close()
+	}
+}
+
 // openLarge opens a database that opening does not read in full, and returns
 // where one of its leaves stands in the file.
 func openLarge(t *testing.T, dir string) (db *DB, leaf int64) {

@@ -120,11 +120,11 @@ func open(root *durable.Root, opts Options) (*DB, error) {
 		}
 		b, file, err = create(root)
 	}
-	suspected := false
+	var note suspicion
 	if errors.Is(err, errMade) {
 		b, file, err = openBolt(path, opts.LockTimeout, func(f *os.File) error {
-			suspected = stands(root, layout.SuspectFile)
-			return checkPages(f, suspected)
+			note = readSuspicion(root)
+			return checkPages(f, note.stands)
 		})
 	}
 	if err != nil {
@@ -134,18 +134,19 @@ func open(root *durable.Root, opts Options) (*DB, error) {
 		root: root, path: path, bolt: b, file: file, queue: make(chan *update), closing: make(chan struct{}),
 		damage: newMishap(), broken: newMishap(),
 	}
-	if err := db.start(suspected); err != nil {
+	if err := db.start(note); err != nil {
 		return nil, errors.Join(err, db.shut())
 	}
 	return db, nil
 }
 
 // start makes a database ready that bbolt has open.
-func (db *DB) start(suspected bool) error {
+func (db *DB) start(note suspicion) error {
+	db.committed.Store(note.commit)
 	if err := db.check(); err != nil {
 		return err
 	}
-	if suspected { // everything was read, and is well
+	if note.stands { // everything was read, and is well
 		if err := db.root.Remove(layout.SuspectFile); err != nil {
 			return err
 		}
@@ -159,7 +160,7 @@ func (db *DB) start(suspected bool) error {
 		return err
 	}
 	db.done.Go(db.commitLoop)
-	db.done.Go(func() { db.watch(db.firstWatch(suspected)) })
+	db.done.Go(func() { db.watch(db.firstWatch(note.stands)) })
 	return nil
 }
 

@@ -7,7 +7,8 @@
 // The exception is rebuild.go, which looks what stands on disk.
 //
 // Invariants kept here: M1 to M3 (every value checksummed, every bucket there,
-// keys that parse), E1 (edges in both directions), L5 (the layer index), and,
+// keys that parse), M4 (the change log), M5 (every bucket has the sum of its
+// entries), E1 (edges in both directions), L5 (the layer index), and,
 // for what [Tx.Unlink] leaves unreferenced, E4: it goes in the same
 // transaction, with a sweep row for its files.
 //
@@ -21,8 +22,11 @@
 // The database is created under a temporary name and published. A commit
 // whose sync failed poisons the store's durable.Root. Damage in a page shows
 // as a panic or a memory fault inside bbolt: both are caught at the
-// transaction and come back as errdefs.Corrupt. The next Open with
-// Options.Rebuild makes a new database from the change log.
+// transaction and come back as errdefs.Corrupt. What is no longer there shows
+// when the pages are read in full: at opening, and now and then while the
+// database is open. Whoever has it open is told ([DB.Damaged]); the next Open
+// with Options.Rebuild makes a new database from the change log.
 //
-// Start reading at db.go, then tx.go, then refs.go, then changelog.go.
+// Start reading at db.go, then tx.go, then refs.go, then changelog.go, then
+// check.go.
 package metadata

@@ -195,6 +195,7 @@ func fill(btx *bolt.Tx) error {
 // and the store record, whatever the number of records.
 func (db *DB) check() error {
 	return db.View(context.Background(), func(tx *Tx) error {
+		db.committed.Store(uint64(tx.bolt.ID()))
 		for _, name := range layout.Buckets() {
 			if tx.bolt.Bucket([]byte(name)) == nil {
 				return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: "bucket " + name + " is missing"}
@@ -274,10 +275,23 @@ func (db *DB) suspect(err error) error {
 	if !stands(db.root, layout.SuspectFile) {
 		// The store may be poisoned, or the disk full: then the next
 		// opening has to find it by itself.
-		_ = db.root.WriteFile(layout.SuspectFile, []byte(c.Error()+"\n"), 0o600)
+		_ = db.root.WriteFile(layout.SuspectFile, fmt.Appendf(nil, "%d %s\n", db.committed.Load(), c.Error()), 0o600)
 	}
 	db.damage.set(err)
 	return err
+}
+
+// suspicion is what suspect has left: layout.SuspectFile.
+type suspicion struct {
+	stands bool
+	commit uint64 // the database has been that far
+}
+
+func readSuspicion(root *durable.Root) (note suspicion) {
+	text, err := os.ReadFile(root.Path(layout.SuspectFile))
+	note.stands = !errors.Is(err, fs.ErrNotExist)
+	_, _ = fmt.Sscan(string(text), &note.commit) // none: 0
+	return note
 }
 
 // stands tells whether the store has a file of this name.

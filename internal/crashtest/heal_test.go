@@ -61,17 +61,30 @@ func (d *damaged) damageOpen(t *testing.T, i int) (kind string, page int, outcom
 
 	outcome = untouched
 	began := time.Now()
-	_, err = k.Fsck(ctx, varve.FsckRequest{Level: string(layout.Quick)}, nil)
-	if errors.Is(err, varve.ErrReopened) {
-		outcome, err = healed, nil
+	// Each call may come upon something that the ones before did not.
+	call := func(fn func() error) {
+		t.Helper()
+		err := fn()
+		if errors.Is(err, varve.ErrReopened) {
+			outcome, err = healed, fn()
+		}
+		if err != nil {
+			t.Fatalf("%s, page %d: %v", kind, page, err)
+		}
 	}
-	must(t, err)
+	call(func() error {
+		_, err := k.Fsck(ctx, varve.FsckRequest{Level: string(layout.Quick)}, nil)
+		return err
+	})
 	if images := d.list(t, k, func(string) {}); !slices.Equal(images, d.images) {
 		t.Errorf("%s, page %d, %s: images %q, there were %q", kind, page, outcome, images, d.images)
 	}
-	c, err := k.Create(ctx, varve.CreateRequest{Image: builtName, Command: []string{"true"}}, nil)
-	must(t, err)
-	must(t, k.RemoveContainer(ctx, c.ID))
+	var c varve.Container
+	call(func() (err error) {
+		c, err = k.Create(ctx, varve.CreateRequest{Image: builtName, Command: []string{"true"}}, nil)
+		return err
+	})
+	call(func() error { return k.RemoveContainer(ctx, c.ID) })
 	if took := time.Since(began); took > slowestStart {
 		t.Errorf("%s, page %d: it took %v", kind, page, took)
 	}
