@@ -26,7 +26,7 @@ type machine struct {
 	bin      string
 	root     string
 	config   string
-	lane     int    // its number: what it pushes has names of its own
+	lane     int // its number: what it pushes has names of its own
 	random   *rand.Rand
 	supplies *supplies
 	usual    map[string]time.Duration // how long a command of a kind takes
