@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"os"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
+	"varve.dev/layout"
 )
 
 // TestBadManifests: documents that a registry serves with right digests and
@@ -157,6 +159,14 @@ func TestNames(t *testing.T) {
 		if f, err := o.Find(t.Context(), id); err != nil || f.Target.Digest != got.Target.Digest || len(f.Names) != 3 {
 			t.Errorf("find %s: %+v, %v", id, f, err)
 		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	err = o.each(ctx, func(string, layout.ImageRecord) error {
+		cancel() // from here on nothing can be read, which says nothing of the images
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("called off while looking: %v", err)
 	}
 	steps, err := o.History(t.Context(), "short:1")
 	if err != nil || len(steps) != 2 || !steps[0].EmptyLayer || steps[1].Size == 0 {
