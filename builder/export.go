@@ -310,7 +310,7 @@ func (x *export) publish(ctx context.Context, top layout.SnapshotKey, desc ocisp
 		in.Blobs = append(in.Blobs, move)
 	}
 	for _, data := range documents {
-		move, err := x.document(ctx, data)
+		move, err := x.document(data)
 		if err != nil {
 			return err
 		}
@@ -342,7 +342,7 @@ func (x *export) publish(ctx context.Context, top layout.SnapshotKey, desc ocisp
 }
 
 // document puts a small blob into an ingest of its own.
-func (x *export) document(ctx context.Context, data []byte) (layout.BlobMove, error) {
+func (x *export) document(data []byte) (layout.BlobMove, error) {
 	in, err := x.s.b.Blobs.NewIngest()
 	if err != nil {
 		return layout.BlobMove{}, err

@@ -32,7 +32,7 @@ func (m *machine) closed(level layout.Level, recovered bool) (wrong []string) {
 		return append(wrong, err.Error())
 	}
 	wrong = append(wrong, underWay(r)...)
-	wrong = append(wrong, leftovers(m.root, r)...)
+	wrong = append(wrong, leftovers(m.root)...)
 	if recovered {
 		wrong = append(wrong, useless(m.root, r)...)
 	}
@@ -61,7 +61,7 @@ func underWay(r records) (wrong []string) {
 
 // leftovers are names that no operation needs any more. Unfinished blobs may
 // stay as long as a pull of them would go on from there.
-func leftovers(root string, r records) (wrong []string) {
+func leftovers(root string) (wrong []string) {
 	eachIngest(root, func(name string, rec layout.IngestRecord, err error) {
 		if err != nil || rec.Ref != "blob-"+string(rec.Expected) {
 			wrong = append(wrong, fmt.Sprintf("an unfinished blob that no pull takes up: %s %s, %v", name, rec.Ref, err))
