@@ -12,8 +12,6 @@ import (
 	"sync"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
-
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -60,11 +58,15 @@ func (tx *Tx) noteEdge(e layout.Edge, value []byte) {
 // next opening finds them if they do not get into the file. It returns their
 // line, nil if there is nothing to tell.
 func (l *changeLog) stage(tx *Tx) ([]byte, error) {
+	tail := tx.bolt.Bucket([]byte(layout.BucketLogTail))
 	l.mu.Lock()
 	synced := l.synced
 	l.mu.Unlock()
-	if err := dropTail(tx.bolt, synced); err != nil {
-		return nil, err
+	c := tail.Cursor()
+	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(synced); k, _ = c.First() {
+		if err := tail.Delete(k); err != nil {
+			return nil, err
+		}
 	}
 	if len(*tx.changes) == 0 {
 		return nil, nil
@@ -78,7 +80,7 @@ func (l *changeLog) stage(tx *Tx) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := tx.bolt.Bucket([]byte(layout.BucketLogTail)).Put([]byte(layout.TailKey(rec.Seq)), value); err != nil {
+	if err := tail.Put([]byte(layout.TailKey(rec.Seq)), value); err != nil {
 		return nil, err
 	}
 	return layout.EncodeLine(rec)
@@ -190,7 +192,9 @@ func (db *DB) openLog() error {
 		}
 	}
 	if !errors.Is(err, errdefs.ErrResourceExhausted) {
-		err = db.writeLog()
+		if err = db.writeLog(); err == nil && len(tail) > 0 {
+			return db.dropTail()
+		}
 	}
 	if errors.Is(err, errdefs.ErrResourceExhausted) {
 		// A full disk is no reason to keep the store closed: what is to be
@@ -200,6 +204,18 @@ func (db *DB) openLog() error {
 		return nil
 	}
 	return errors.Join(err, f.Close())
+}
+
+// dropTail takes the lines that the log has durably out of the database, as each
+// commit does. Left to the next one, every opening until then would look for the
+// line before them, which a log that was written anew has not, and write it once
+// more.
+func (db *DB) dropTail() error {
+	_, err := db.tryCommit([]*update{{fn: func(*Tx) error { return nil }}})
+	if errors.Is(err, errdefs.ErrResourceExhausted) {
+		return nil // the next commit does it
+	}
+	return err
 }
 
 // logLimit is the size at which a log is written anew that began with base
@@ -321,27 +337,6 @@ func (db *DB) writeLog() error {
 	}
 	db.log.begin(f, last)
 	db.log.synced = last
-	return db.forgetTail(last)
-}
-
-// forgetTail takes the lines up to last out of the database, which the log has
-// by now. Left to the next commit they would have every opening until then
-// look for the line before them, which a log that was written anew has not.
-func (db *DB) forgetTail(last uint64) error {
-	return db.guard(func() error {
-		return db.bolt.Update(func(tx *bolt.Tx) error { return dropTail(tx, last) })
-	})
-}
-
-// dropTail deletes the lines up to a number.
-func dropTail(tx *bolt.Tx, last uint64) error {
-	tail := tx.Bucket([]byte(layout.BucketLogTail))
-	c := tail.Cursor()
-	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(last); k, _ = c.First() {
-		if err := tail.Delete(k); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
