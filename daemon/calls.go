@@ -137,7 +137,7 @@ func (k *Keeper) Create(ctx context.Context, req varve.CreateRequest, progress f
 
 // Commit implements varve.Containers.
 func (k *Keeper) Commit(ctx context.Context, req varve.CommitRequest) (varve.ImageSummary, error) {
-	return in(ctx, k, func(ctx context.Context, e *Engine) (varve.ImageSummary, error) { return e.Commit(ctx, req) })
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.ImageSummary, error) { return e.Commit(ctx, req) })
 }
 
 // RemoveContainer implements varve.Containers.

@@ -119,7 +119,8 @@ func (s *Store) findID(ctx context.Context, hex string) (Found, error) {
 	return Found{}, nil
 }
 
-// each calls fn for every name, in order, outside any transaction.
+// each calls fn for every name, in order, outside any transaction. When ctx
+// ends meanwhile that is the error: what fn could not read then may be sound.
 func (s *Store) each(ctx context.Context, fn func(string, layout.ImageRecord) error) error {
 	type row struct {
 		name string
@@ -141,7 +142,7 @@ func (s *Store) each(ctx context.Context, fn func(string, layout.ImageRecord) er
 			return err
 		}
 	}
-	return nil
+	return ctx.Err()
 }
 
 func (s *Store) namesOf(ctx context.Context, target ocispec.Descriptor) (names []string, err error) {

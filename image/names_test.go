@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"os"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
+	"varve.dev/layout"
 )
 
 // TestBadManifests: documents that a registry serves with right digests and
@@ -164,6 +166,14 @@ func TestNames(t *testing.T) {
 	}
 	if _, err := o.Find(t.Context(), ref.WithDigest(digest.FromString("another")).String()); !errors.Is(err, errdefs.ErrNotFound) {
 		t.Errorf("find another digest: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	err = o.each(ctx, func(string, layout.ImageRecord) error {
+		cancel() // from here on nothing can be read, which says nothing of the images
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("called off while looking: %v", err)
 	}
 	steps, err := o.History(t.Context(), "short:1")
 	if err != nil || len(steps) != 2 || !steps[0].EmptyLayer || steps[1].Size == 0 {

@@ -12,8 +12,6 @@ import (
 	"sync"
 	"time"
 
-	bolt "go.etcd.io/bbolt"
-
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -60,11 +58,15 @@ func (tx *Tx) noteEdge(e layout.Edge, value []byte) {
 // where the next opening finds them if they do not get into the file. It
 // returns their line, nil if there is nothing to tell.
 func (l *changeLog) stage(tx *Tx) (line []byte, err error) {
+	tail := tx.bolt.Bucket([]byte(layout.BucketLogTail))
 	l.mu.Lock()
 	synced := l.synced
 	l.mu.Unlock()
-	if err := dropTail(tx.bolt, synced); err != nil {
-		return nil, err
+	c := tail.Cursor()
+	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(synced); k, _ = c.First() {
+		if err := remove(tail, k); err != nil {
+			return nil, err
+		}
 	}
 	last, err := tx.lastChange()
 	if err == nil && len(*tx.changes) > 0 {
@@ -196,7 +198,9 @@ func (db *DB) openLog() error {
 		}
 	}
 	if !errors.Is(err, errdefs.ErrResourceExhausted) {
-		err = db.writeLog()
+		if err = db.writeLog(); err == nil && len(tail) > 0 {
+			return db.dropTail()
+		}
 	}
 	if errors.Is(err, errdefs.ErrResourceExhausted) {
 		// A full disk is no reason to keep the store closed: what is to be
@@ -206,6 +210,18 @@ func (db *DB) openLog() error {
 		return nil
 	}
 	return errors.Join(err, f.Close())
+}
+
+// dropTail takes the lines that the log has durably out of the database, as each
+// commit does. Left to the next one, every opening until then would look for the
+// line before them, which a log that was written anew has not, and write it once
+// more.
+func (db *DB) dropTail() error {
+	_, err := db.tryCommit([]*update{{fn: func(*Tx) error { return nil }}})
+	if errors.Is(err, errdefs.ErrResourceExhausted) {
+		return nil // the next commit does it
+	}
+	return err
 }
 
 // logLimit is the size at which a log is written anew that began with base
@@ -329,27 +345,6 @@ func (db *DB) writeLog() error {
 	}
 	db.log.begin(f, last)
 	db.log.synced = last
-	return db.forgetTail(last)
-}
-
-// forgetTail takes the lines up to last out of the database, which the log has
-// by now. Left to the next commit they would have every opening until then
-// look for the line before them, which a log that was written anew has not.
-func (db *DB) forgetTail(last uint64) error {
-	return db.guard(func() error {
-		return db.bolt.Update(func(btx *bolt.Tx) error { return errors.Join(dropTail(btx, last), (&Tx{bolt: btx}).mark(last)) })
-	})
-}
-
-// dropTail deletes the lines up to a number.
-func dropTail(tx *bolt.Tx, last uint64) error {
-	tail := tx.Bucket([]byte(layout.BucketLogTail))
-	c := tail.Cursor()
-	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(last); k, _ = c.First() {
-		if err := remove(tail, k); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 

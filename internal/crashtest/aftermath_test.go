@@ -65,7 +65,7 @@ func recoverStore(dir string, args []string, mark func(string, ...any)) error {
 	if err != nil {
 		return err
 	}
-	for _, left := range slices.Concat(underWay(r), leftovers(dir, r), useless(dir, r)) {
+	for _, left := range slices.Concat(underWay(r), leftovers(dir), useless(dir, r)) {
 		mark("finding %s", left)
 	}
 	return eachLayer(dir, func(id, hash string) { mark("layer %s %s", id, hash) })

@@ -26,6 +26,7 @@ type machine struct {
 	bin      string
 	root     string
 	config   string
+	lane     int // its number: what it pushes has names of its own
 	random   *rand.Rand
 	supplies *supplies
 	usual    map[string]time.Duration // how long a command of a kind takes
@@ -41,12 +42,12 @@ const patience = 60 * time.Second
 
 // newMachine makes a machine without a store. It has names of its own for the
 // binaries: a process on it is told from others by what it runs.
-func newMachine(t *testing.T, s *supplies, random *rand.Rand, usual map[string]time.Duration) *machine {
+func newMachine(t *testing.T, s *supplies, lane int, usual map[string]time.Duration) *machine {
 	t.Helper()
 	dir := t.TempDir()
 	m := &machine{
 		place: s.place, dir: dir, bin: filepath.Join(dir, "bin"), config: filepath.Join(dir, "config.toml"),
-		random: random, supplies: s, usual: usual,
+		lane: lane, random: rand.New(rand.NewPCG(seed(t), uint64(lane))), supplies: s, usual: usual,
 	}
 	m.shim = filepath.Join(m.bin, "varve-runtime")
 	must(t, os.Mkdir(m.bin, 0o755))

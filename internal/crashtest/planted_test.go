@@ -2,7 +2,6 @@ package crashtest
 
 import (
 	"maps"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,7 +16,7 @@ import (
 // the ledger: the campaign's judgement names each, and nothing else.
 func TestLeftoversAreSeen(t *testing.T) {
 	s := newSupplies(t)
-	m := newMachine(t, s, rand.New(rand.NewPCG(1, 1)), map[string]time.Duration{})
+	m := newMachine(t, s, 0, map[string]time.Duration{})
 	m.begin(t)
 	for _, plan := range []func(*machine, int) (order, bool){(*machine).pull, (*machine).runAndKeep} {
 		o, _ := plan(m, 0)

@@ -174,7 +174,9 @@ func (m *machine) pulled(c int) []string {
 func (m *machine) tagged(c int) []string {
 	return []string{fmt.Sprintf("kept-%d:1", c), fmt.Sprintf("kept-%d:2", c)}
 }
-func (m *machine) builtName(c int) string  { return fmt.Sprintf("%s/built-%d:1", m.remote, c) }
+func (m *machine) builtName(c int) string {
+	return fmt.Sprintf("%s/built-%d-%d:1", m.remote, m.lane, c)
+}
 func (m *machine) loadedName(c int) string { return fmt.Sprintf("loaded-%d:1", c) }
 
 // own are all the names of a client that are images now.
