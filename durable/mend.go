@@ -3,6 +3,7 @@ package durable
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"strings"
@@ -194,6 +195,26 @@ func (m *Mender) split(name string) (*os.File, string, error) {
 	}
 	f, err := m.open(path.Clean(dir))
 	return f, base, err
+}
+
+// SetMode gives a file of the store another mode, durably.
+func (r *Root) SetMode(rel string, perm fs.FileMode) error {
+	if err := r.may(rel); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(r.Path(rel), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return kinded("set mode", err)
+	}
+	defer f.Close()
+	if err := f.Chmod(perm); err != nil {
+		return kinded("set mode", err)
+	}
+	r.observe(Op{Kind: OpSetattr, Path: rel})
+	if err := f.Sync(); err != nil {
+		return r.failedSync(rel, err)
+	}
+	return nil
 }
 
 // OpenBelow opens a file of a tree for reading, without following a link.

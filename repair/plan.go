@@ -199,6 +199,7 @@ func (w *work) stepFor(ctx context.Context, f fsck.Finding) *Step {
 func node(f fsck.Finding) (layout.Node, bool) {
 	kind, id, ok := strings.Cut(f.Object, " ")
 	switch {
+	case strings.Contains(id, " "): // a layer's key
 	case ok && kind == layout.KindBlob:
 		return layout.BlobNode(layout.BlobDigest(id)), true
 	case ok && kind == layout.KindLayer:

@@ -2,10 +2,151 @@ package repair
 
 import (
 	"context"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
 
+	"varve.dev/errdefs"
 	"varve.dev/fsck"
+	"varve.dev/layout"
+	"varve.dev/metadata"
 )
 
 // recordRepairs are the repairs of what is wrong with a record, a name or a
-// mode, by the invariant. A test compares them with the law.
-var recordRepairs = map[string]func(context.Context, *work, fsck.Finding) error{}
+// mode, by the invariant. What is neither here nor healed by a step of its own
+// is healed by opening the store, or by nobody: a test compares the three with
+// the law.
+var recordRepairs = map[string]func(context.Context, *work, fsck.Finding) error{
+	"B4": unused(func(name string) layout.Node {
+		return layout.BlobNode(layout.BlobDigest(string(layout.Algorithm) + ":" + name))
+	}),
+	"B5": func(_ context.Context, w *work, f fsck.Finding) error { return w.Root.SetMode(f.Path, blobPerm) },
+	"L2": unused(func(name string) layout.Node { return layout.LayerNode(layout.LayerID(name)) }),
+	"L5": fixLayerKey,
+	"L6": fixUsage,
+	"S3": func(ctx context.Context, w *work, f fsck.Finding) error {
+		key, err := quoted(f.Object)
+		if err != nil {
+			return err
+		}
+		return w.Snaps.Remake(ctx, layout.SnapshotKey(key))
+	},
+	"E1": fixEdge,
+	"E2": fixEdge,
+	"E3": fixEdge,
+	"E4": func(ctx context.Context, w *work, f fsck.Finding) error {
+		n, err := quoted(f.Object)
+		if err != nil {
+			return err
+		}
+		defer w.Journal.Kick()
+		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.Collect(layout.Node(n)) })
+	},
+	"T2": func(ctx context.Context, w *work, f fsck.Finding) error {
+		_, id, _ := strings.Cut(f.Object, " ")
+		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.Sweeps().Delete(id) })
+	},
+	"N1": func(_ context.Context, w *work, f fsck.Finding) error {
+		_, id, _ := strings.Cut(f.Object, " ")
+		return w.Root.RemoveAll(layout.IngestPath(layout.IngestID(id)))
+	},
+	"K1": func(ctx context.Context, w *work, f fsck.Finding) error {
+		key, err := quoted(f.Object)
+		if err != nil {
+			return err
+		}
+		defer w.Journal.Kick()
+		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.DropCache(key) })
+	},
+}
+
+// healedByOpening are the invariants that hold again when the store is opened:
+// recovery, or a database that is made anew.
+var healedByOpening = []string{"M1", "M2", "M3", "M4", "M5", "T1", "G1", "J1"}
+
+// leftToUsers are those that no repair is for: nothing is wrong, or only a pull,
+// or a person, can help.
+var leftToUsers = []string{"S1", "S2", "S4", "I1", "I2", "I3", "G2", "C1", "C2", "R1"}
+
+// blobPerm is the mode of a blob.
+const blobPerm = 0o444
+
+// unused moves what nothing names to the trash, unless something does by now.
+func unused(nodeOf func(name string) layout.Node) func(context.Context, *work, fsck.Finding) error {
+	return func(ctx context.Context, w *work, f fsck.Finding) error {
+		defer w.Journal.Kick()
+		return w.DB.Update(ctx, func(tx *metadata.Tx) error {
+			_, err := tx.Unused(nodeOf(path.Base(f.Path)), f.Path)
+			return err
+		})
+	}
+}
+
+// fixLayerKey is for a key that leads astray, or a layer that lacks its own.
+func fixLayerKey(ctx context.Context, w *work, f fsck.Finding) error {
+	return w.DB.Update(ctx, func(tx *metadata.Tx) error {
+		if n, ok := node(f); ok {
+			_, id := n.Split()
+			rec, err := tx.Layers().Get(layout.LayerID(id))
+			if err != nil {
+				return err
+			}
+			return tx.PutLayer(layout.LayerID(id), rec)
+		}
+		key, err := quoted(f.Object)
+		if err != nil {
+			return err
+		}
+		return tx.FixLayerKey(key)
+	})
+}
+
+// fixUsage counts a layer again by its file manifest.
+func fixUsage(ctx context.Context, w *work, f fsck.Finding) error {
+	n, _ := node(f)
+	_, id := n.Split()
+	t := &treeRepair{work: w, id: layout.LayerID(id), rec: w.known.layers[layout.LayerID(id)]}
+	files, err := t.manifest(ctx)
+	if err != nil {
+		return err
+	}
+	return w.DB.Update(ctx, func(tx *metadata.Tx) error {
+		rec, err := tx.Layers().Get(t.id)
+		if err != nil {
+			return err
+		}
+		rec.Size, rec.Inodes = files.Usage()
+		return tx.PutLayer(t.id, rec)
+	})
+}
+
+func fixEdge(ctx context.Context, w *work, f fsck.Finding) error {
+	e, err := edgeOf(f.Object)
+	if err != nil {
+		return err
+	}
+	defer w.Journal.Kick()
+	return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.FixEdge(e) })
+}
+
+// edgeOf reads how findings name an edge: edge "parent" -rel-> "child".
+func edgeOf(object string) (e layout.Edge, err error) {
+	var rel string
+	var parent, child string
+	if _, err := fmt.Sscanf(object, "edge %q %s %q", &parent, &rel, &child); err != nil {
+		return e, fmt.Errorf("%s: %w: %w", object, err, errdefs.ErrInvalidArgument)
+	}
+	rel = strings.TrimSuffix(strings.TrimPrefix(rel, "-"), "->")
+	return layout.Edge{Parent: layout.Node(parent), Rel: rel, Child: layout.Node(child)}, nil
+}
+
+// quoted returns what an object's name has in quotes.
+func quoted(object string) (string, error) {
+	_, rest, _ := strings.Cut(object, `"`)
+	s, err := strconv.Unquote(`"` + rest)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %w", object, err, errdefs.ErrInvalidArgument)
+	}
+	return s, nil
+}

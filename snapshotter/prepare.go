@@ -69,6 +69,31 @@ func (s *Snapshotter) create(ctx context.Context, holder layout.Node, key layout
 	return nil
 }
 
+// Remake makes the directory of an active snapshot anew, empty, if it is not
+// there: what was written to it is lost. Errors: ErrNotFound.
+func (s *Snapshotter) Remake(ctx context.Context, key layout.SnapshotKey) error {
+	rec, err := s.record(ctx, key)
+	if err != nil || rec.Layer == "" || rec.Kind == layout.SnapshotCommitted {
+		return err
+	}
+	if fi, err := os.Lstat(s.root.Path(activeTree(rec.Layer))); err == nil && fi.IsDir() {
+		return nil
+	}
+	var lowers []string
+	err = s.db.View(ctx, func(tx *metadata.Tx) error {
+		lowers, err = s.chain(tx, rec.Parent)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	// What stands there without a tree holds nothing of anybody's.
+	if err := s.root.RemoveAll(layout.ActivePath(rec.Layer)); err != nil {
+		return err
+	}
+	return s.makeActive(rec.Layer, lowers)
+}
+
 // checkNew refuses early what the transaction would refuse late, and returns
 // the parent's trees.
 func (s *Snapshotter) checkNew(ctx context.Context, key, parent layout.SnapshotKey) (lowers []string, err error) {
