@@ -15,7 +15,7 @@ type storey struct {
 // storeys from the bottom up.
 var storeys = []storey{
 	{[]string{"errdefs", "internal/version", "overlay"}, "error kinds; the version of a build; a stack of layers and how to mount it"},
-	{[]string{"durable"}, "permanence: the one door to rename, sync and create"},
+	{[]string{"durable", "fsck/pages", "fsck/reach"}, "permanence: the one door to rename, sync and create; the witness's eyes: bbolt's pages, files without following a link"},
 	{[]string{"durable/crashsim", "layout"}, "what a power cut could leave (tests only); the format in constants and words"},
 	{[]string{"metadata", "fsck", "layer"}, "the database; the witness; tar stream ⇄ tree, file manifests"},
 	{[]string{"journal"}, "publications, removals, recovery"},
