@@ -17,14 +17,21 @@ const couldNotRun = 3
 
 func newFsck(g *globals) *cobra.Command {
 	var deep, quick, asJSON, list bool
+	var of foreignStore
 	cmd := &cobra.Command{
 		Use:   "fsck [OPTIONS]",
 		Short: "Check the store, and say what is wrong where",
 		Long: `Check the store, and say what is wrong where.
 
+With --of-oci-layout, --of-docker or --of-containerd, check somebody else's
+instead: no store of varve's is needed, and nothing is changed.
+
 Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if of.named(cmd) {
+				return of.check(cmd, asJSON)
+			}
 			if list {
 				return printLaw(cmd)
 			}
@@ -65,6 +72,7 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&quick, "quick", false, "compare only records and names")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the report as JSON")
 	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and its repair")
+	of.add(cmd)
 	return cmd
 }
 
