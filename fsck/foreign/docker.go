@@ -35,6 +35,8 @@ type dockerStore struct {
 	said map[digest.Digest]chainLink
 	// taken are the folders of trees that something names.
 	taken map[string]bool
+	// blind says that a record could not be read which names one.
+	blind bool
 	// shifted says that a user namespace lies between the owners in layers
 	// and those on disk.
 	shifted bool
@@ -170,7 +172,7 @@ func (d *dockerStore) compareLayers() error {
 	g.SetLimit(d.opts.Workers)
 	for _, l := range d.layers {
 		g.Go(func() error {
-			if ctx.Err() == nil {
+			if ctx.Err() == nil && l.cache != "" {
 				d.compareLayer(l)
 			}
 			return ctx.Err()
@@ -185,10 +187,8 @@ var ownTree = regexp.MustCompile(`^[0-9a-f]{64}(-init)?$`)
 
 // leftovers reports trees that nothing names.
 func (d *dockerStore) leftovers() {
-	for _, l := range d.layers {
-		if l.cache == "" {
-			return // one of them may be its
-		}
+	if d.blind {
+		return
 	}
 	names, _ := d.trees.list(".")
 	slices.Sort(names)

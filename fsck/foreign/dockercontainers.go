@@ -64,6 +64,7 @@ func (d *dockerStore) container(id string) {
 			err = fmt.Errorf("%q is no folder's name", tree)
 		}
 		if err != nil {
+			d.blind = true
 			o.unreadable(path.Join(dockerRecords, file), data, err)
 			continue
 		}
@@ -83,7 +84,10 @@ func (d *dockerStore) container(id string) {
 	}
 	if err != nil {
 		o.unreadable(path.Join(dockerRecords, file), data, err)
-	} else if d.layers[parent] == nil {
+	} else if l := d.layers[parent]; l == nil || l.gone {
+		if l != nil {
+			o.source = l.source
+		}
 		o.found(Missing, place{path: path.Join(dockerRecords, file)}, "the layer %s of its image is not there", parent)
 	}
 }

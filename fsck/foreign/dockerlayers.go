@@ -1,7 +1,6 @@
 package foreign
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -35,6 +34,7 @@ type dockerLayer struct {
 	cache string // its folder in overlay2; empty: not known
 	size  int64
 	depth int // layers below it
+	gone  bool
 }
 
 // layer returns a layer that something names.
@@ -72,15 +72,18 @@ func (d *dockerStore) loadLayers() error {
 		d.layer(chain, "")
 	}
 	for chain, l := range d.layers {
-		if !slices.Contains(chains, chain) {
+		if l.gone = !slices.Contains(chains, chain); l.gone {
+			d.blind = true // its tree may be there
 			l.found(Missing, place{path: l.file("")}, "layerdb does not have it")
-			delete(d.layers, chain)
 			continue
 		}
 		d.loadLayer(l)
+		d.blind = d.blind || l.cache == ""
 	}
 	for _, l := range d.layers {
-		d.loadTree(l)
+		if l.cache != "" {
+			d.loadTree(l)
+		}
 	}
 	return nil
 }
@@ -106,7 +109,9 @@ func (d *dockerStore) loadLayer(l *dockerLayer) {
 		l.size, err = strconv.ParseInt(s, 10, 64)
 		return err
 	})
-	l.source = cmp.Or(l.source, d.sourceOf(l.diff))
+	if !known {
+		l.source = d.sourceOf(l.diff)
+	}
 	if chain := chainOf(l.parent, l.diff); l.diff != "" && chain != l.chain {
 		l.found(Record, place{path: l.file("")}, "diff and parent give the ChainID %s", chain)
 		if known {
@@ -150,18 +155,8 @@ func chainOf(parent, diff digest.Digest) digest.Digest {
 // loadTree looks at what overlay2 notes of a layer's tree. It can all be
 // written again from what the layers' records say.
 func (d *dockerStore) loadTree(l *dockerLayer) {
-	if l.cache == "" {
-		return
-	}
 	d.taken[l.cache] = true
-	for up := l; up.parent != "" && l.depth <= len(d.layers); l.depth++ {
-		next := d.layers[up.parent]
-		if next == nil {
-			l.found(Missing, place{path: l.file("parent")}, "the layer %s below it is not there", up.parent)
-			break
-		}
-		up = next
-	}
+	d.descend(l)
 	folder := object{c: l.c, name: l.name, images: l.images, source: "write it again from layerdb"}
 	link := path.Join(l.cache, "link")
 	data, err := readSmall(d.trees, link)
@@ -180,6 +175,19 @@ func (d *dockerStore) loadTree(l *dockerLayer) {
 	}
 	if err != nil || len(data) == 0 {
 		folder.unreadable(path.Join(dockerTrees, lower), data, cmpErr(err, errors.New("0 bytes")))
+	}
+}
+
+// descend counts the layers below another, which all have to be there. That an
+// image's is not has been said.
+func (d *dockerStore) descend(l *dockerLayer) {
+	for up := l; up.parent != "" && l.depth <= len(d.layers); l.depth++ {
+		next := d.layers[up.parent]
+		if next == nil {
+			l.found(Missing, place{path: l.file("parent")}, "the layer %s below it is not there", up.parent)
+			return
+		}
+		up = next
 	}
 }
 
@@ -217,9 +225,6 @@ func (d *dockerStore) below(l *dockerLayer) (out stack) {
 
 // compareLayer compares a layer's tree with what tar-split has recorded.
 func (d *dockerStore) compareLayer(l *dockerLayer) {
-	if l.cache == "" {
-		return
-	}
 	folder := path.Join(dockerTrees, l.cache, "diff")
 	root, err := reach.Dir(unix.AT_FDCWD, filepath.Join(d.opts.Root, folder))
 	if err != nil {
