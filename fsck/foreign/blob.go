@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"sync"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -29,17 +30,27 @@ var (
 // layerBlob is what reading a layer's blob showed.
 type layerBlob struct {
 	sum  digest.Digest // of its bytes
-	size int64
 	diff digest.Digest // of its stream, as far as that goes
 	err  error         // why it goes no further
 }
 
 // hashBlob reads a blob to its end. A nil error means that it was read; what
 // is in it is not judged.
-func (c *checker) hashBlob(r io.Reader, algorithm digest.Algorithm) (digest.Digest, int64, error) {
+func (c *checker) hashBlob(r io.Reader, algorithm digest.Algorithm) (digest.Digest, error) {
 	h := algorithm.Hash()
-	n, err := io.CopyBuffer(h, watched{c, r}, make([]byte, readAhead))
-	return digest.NewDigest(algorithm, h), n, err
+	err := drain(h, watched{c, r})
+	return digest.NewDigest(algorithm, h), err
+}
+
+// buffers are for drain, which reads many small files.
+var buffers = sync.Pool{New: func() any { return new([readAhead]byte) }}
+
+// drain copies what is left of a reader.
+func drain(to io.Writer, from io.Reader) error {
+	buf := buffers.Get().(*[readAhead]byte)
+	defer buffers.Put(buf)
+	_, err := io.CopyBuffer(to, from, buf[:])
+	return err
 }
 
 // readLayer reads a layer's blob to its end, hands its stream, uncompressed,
@@ -48,14 +59,12 @@ func (c *checker) hashBlob(r io.Reader, algorithm digest.Algorithm) (digest.Dige
 func (c *checker) readLayer(r io.Reader, algorithm, diffs digest.Algorithm, take func(io.Reader) error) (layerBlob, error) {
 	file := &noted{r: watched{c, r}}
 	blob, diff := algorithm.Hash(), diffs.Hash()
-	counted := &count{w: blob}
-	bytes := io.TeeReader(file, counted)
+	bytes := io.TeeReader(file, blob)
 	out := layerBlob{err: inflate(bytes, diff, take)}
-	_, err := io.CopyBuffer(io.Discard, bytes, make([]byte, readAhead))
-	if err = errors.Join(file.err, err); err != nil {
+	if err := errors.Join(file.err, drain(discard{}, bytes)); err != nil {
 		return out, err
 	}
-	out.sum, out.size, out.diff = digest.NewDigest(algorithm, blob), counted.n, digest.NewDigest(diffs, diff)
+	out.sum, out.diff = digest.NewDigest(algorithm, blob), digest.NewDigest(diffs, diff)
 	return out, nil
 }
 
@@ -86,9 +95,13 @@ func inflate(r io.Reader, diff hash.Hash, take func(io.Reader) error) error {
 	if err := take(stream); err != nil {
 		return err
 	}
-	_, err = io.CopyBuffer(io.Discard, stream, make([]byte, readAhead))
-	return err
+	return drain(discard{}, stream)
 }
+
+// discard is io.Discard without its own, smaller buffer.
+type discard struct{}
+
+func (discard) Write(p []byte) (int, error) { return len(p), nil }
 
 // ignored is a take for a stream that is only hashed.
 func ignored(io.Reader) error { return nil }
@@ -105,15 +118,4 @@ func (n *noted) Read(p []byte) (int, error) {
 		n.err = err
 	}
 	return k, err
-}
-
-type count struct {
-	w io.Writer
-	n int64
-}
-
-func (c *count) Write(p []byte) (int, error) {
-	n, err := c.w.Write(p)
-	c.n += int64(n)
-	return n, err
 }

@@ -235,18 +235,18 @@ func (t *comparison) attributes(e *expected, dirfd int, base string, st *unix.St
 	if (kind == unix.S_IFCHR || kind == unix.S_IFBLK) && st.Rdev != e.rdev {
 		e.wrong(Device, "device %d:%d, must be %d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev), unix.Major(e.rdev), unix.Minor(e.rdev))
 	}
-	if len(e.as) == 0 {
+	if len(e.headers) == 0 {
 		return // nothing lists it
 	}
-	must := e.as[len(e.as)-1]
-	if perm := st.Mode & 0o7777; kind != unix.S_IFLNK && !slices.ContainsFunc(e.as, func(a attributes) bool { return a.perm == perm }) {
+	must := e.headers[len(e.headers)-1]
+	if perm := st.Mode & 0o7777; kind != unix.S_IFLNK && !slices.ContainsFunc(e.headers, func(a attributes) bool { return a.perm == perm }) {
 		e.wrong(Mode, "mode %04o, must be %04o", perm, must.perm)
 	}
 	owned := func(a attributes) bool { return a.uid == int64(st.Uid) && a.gid == int64(st.Gid) }
-	if !t.shifted && !slices.ContainsFunc(e.as, owned) {
+	if !t.shifted && !slices.ContainsFunc(e.headers, owned) {
 		e.wrong(Owner, "owner %d:%d, must be %d:%d", st.Uid, st.Gid, must.uid, must.gid)
 	}
-	if !slices.ContainsFunc(e.as, func(a attributes) bool { return sameTime(st.Mtim, a) }) {
+	if !slices.ContainsFunc(e.headers, func(a attributes) bool { return sameTime(st.Mtim, a) }) {
 		e.wrong(Time, "modified at %d.%09d, must be %d.%09d", st.Mtim.Sec, st.Mtim.Nsec, must.sec, must.nsec)
 	}
 }

@@ -98,7 +98,7 @@ func (s *ctrStore) uuid() {
 		return
 	}
 	o := object{c: s.checker, name: "store", source: "remove it: containerd makes another, and does not start with this one"}
-	o.unreadable(ctrUUID, data, err)
+	o.unreadable(ctrUUID, err)
 }
 
 // load reads the two databases.
@@ -122,12 +122,11 @@ func (s *ctrStore) database(name string, err error) error {
 		return err
 	}
 	s.damaged = true
-	o := object{c: s.checker, name: "store"}
-	var data []byte
 	if size, serr := s.files.stat(name); serr == nil && size == 0 {
-		data = []byte{}
+		err = errEmpty
 	}
-	o.unreadable(name, data, err)
+	o := object{c: s.checker, name: "store"}
+	o.unreadable(name, err)
 	return nil
 }
 
@@ -150,7 +149,7 @@ func (s *ctrStore) image(n *ctrNamespace, name string) {
 	}
 	o.source = fetch(target.Digest, name)
 	g := &graph{
-		document: s.document, held: n.has,
+		folder: ctrContent, document: s.document, held: n.has,
 		reach: func(o *object, d ocispec.Descriptor, _ digest.Digest) {
 			if n.has(d) {
 				s.blobs[d.Digest].belongs(o, name)
@@ -214,7 +213,10 @@ func (s *ctrStore) needed(n *ctrNamespace) {
 	for _, id := range slices.Sorted(maps.Keys(n.containers)) {
 		c := n.containers[id]
 		if _, ok := n.snapshots[c.key]; c.snapshotter == overlayfs && c.key != "" && !ok {
-			o := object{c: s.checker, name: "container " + s.qualified(n, id), images: []string{s.qualified(n, c.image)}}
+			o := object{c: s.checker, name: "container " + s.qualified(n, id)}
+			if c.image != "" {
+				o.images = []string{s.qualified(n, c.image)}
+			}
 			o.found(Missing, place{path: ctrMeta}, "its snapshot %q is not recorded", c.key)
 		}
 	}

@@ -77,7 +77,7 @@ func (s *ctrStore) open(b *ctrBlobFile) io.ReadCloser {
 	f, err := s.files.open(b.path())
 	if err != nil {
 		b.once(func() bool {
-			b.unreadable(b.path(), nil, err)
+			b.unreadable(b.path(), err)
 			return false
 		})
 		return nil
@@ -148,9 +148,9 @@ func (s *ctrStore) hash(b *ctrBlobFile) {
 		return
 	}
 	defer f.Close()
-	sum, size, err := s.hashBlob(f, b.digest.Algorithm())
+	sum, err := s.hashBlob(f, b.digest.Algorithm())
 	if s.ctx.Err() == nil {
-		b.once(func() bool { return b.judge(b.path(), b.digest, nil, layerBlob{sum: sum, size: size}, err) })
+		b.once(func() bool { return b.judge(b.path(), b.digest, nil, layerBlob{sum: sum}, err) })
 	}
 }
 
@@ -186,7 +186,7 @@ func (s *ctrStore) compareLayer(l *ctrLayer) {
 	}
 	if want == nil {
 		files, empty := countEmpty(root)
-		l.say(Unchecked, layout.Notice, place{path: rec.tree()}, "", "its blob cannot say what its files must be; %d of %d are empty", empty, files)
+		l.say(Unchecked, layout.Notice, place{path: rec.tree()}, "", "its blob does not say what its %d files must be; %d of them are empty", files, empty)
 		return
 	}
 	s.mu.Lock()
@@ -218,7 +218,7 @@ func (s *ctrStore) hashFile(e *expected, dirfd int, base string) (string, error)
 		return "", err
 	}
 	defer f.Close()
-	sum, _, err := s.hashBlob(f, digest.SHA256)
+	sum, err := s.hashBlob(f, digest.SHA256)
 	if must := digest.NewDigestFromBytes(digest.SHA256, e.sum[:]); err == nil && sum != must {
 		return fmt.Sprintf("its bytes have the digest %s, must have %s", sum, must), nil
 	}

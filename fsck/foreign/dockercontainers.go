@@ -42,7 +42,7 @@ func (d *dockerStore) loadContainers() error {
 			}
 			if err != nil {
 				o := object{c: d.checker, name: "container " + id}
-				o.unreadable(path.Join("containers", id, name), data, err)
+				o.unreadable(path.Join("containers", id, name), err)
 			}
 		}
 	}
@@ -65,7 +65,7 @@ func (d *dockerStore) container(id string) {
 		}
 		if err != nil {
 			d.blind = true
-			o.unreadable(path.Join(dockerRecords, file), data, err)
+			o.unreadable(path.Join(dockerRecords, file), err)
 			continue
 		}
 		d.taken[tree] = true
@@ -83,7 +83,7 @@ func (d *dockerStore) container(id string) {
 		err = parent.Validate()
 	}
 	if err != nil {
-		o.unreadable(path.Join(dockerRecords, file), data, err)
+		o.unreadable(path.Join(dockerRecords, file), err)
 	} else if l := d.layers[parent]; l == nil || l.gone {
 		if l != nil {
 			o.source = l.source

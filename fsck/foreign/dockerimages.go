@@ -71,7 +71,7 @@ func (d *dockerStore) loadNames(images int) {
 	}
 	self := object{c: d.checker, name: "store"}
 	if err != nil && (images > 0 || !errors.Is(err, fs.ErrNotExist)) {
-		self.unreadable(path.Join(dockerRecords, dockerNames), data, err)
+		self.unreadable(path.Join(dockerRecords, dockerNames), err)
 	}
 	for _, refs := range names.Repositories {
 		for name, id := range refs {
@@ -96,8 +96,8 @@ func (d *dockerStore) loadConfig(id digest.Digest, i *dockerImage) {
 	data, err := readSmall(d.records, name)
 	var config ocispec.Image
 	switch {
-	case err != nil || len(data) == 0:
-		i.unreadable(at, data, cmpErr(err, errors.New("0 bytes")))
+	case err != nil:
+		i.unreadable(at, err)
 		return
 	case digest.FromBytes(data) != id:
 		i.found(Altered, place{path: at}, "the bytes have the digest %s", digest.FromBytes(data))
@@ -121,15 +121,6 @@ func (d *dockerStore) loadConfig(id digest.Digest, i *dockerImage) {
 		d.layer(chain, diffs[n]).addImages(i.images)
 		parent = chain
 	}
-}
-
-func cmpErr(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // sourceOf is where the blob of a layer can be had again, by what dockerd notes

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -68,11 +67,13 @@ func (d *dockerStore) loadLayers() error {
 	if err != nil {
 		return err
 	}
+	there := map[digest.Digest]bool{}
 	for _, chain := range chains {
+		there[chain] = true
 		d.layer(chain, "")
 	}
 	for chain, l := range d.layers {
-		if l.gone = !slices.Contains(chains, chain); l.gone {
+		if l.gone = !there[chain]; l.gone {
 			d.blind = true // its tree may be there
 			l.found(Missing, place{path: l.file("")}, "layerdb does not have it")
 			continue
@@ -93,12 +94,7 @@ func (d *dockerStore) loadLayers() error {
 func (d *dockerStore) loadLayer(l *dockerLayer) {
 	said, known := d.said[l.chain]
 	l.diff = digest.Digest(d.record(l, "diff", string(said.diff), validDigest))
-	l.parent = digest.Digest(d.record(l, "parent", string(said.parent), func(s string) error {
-		if s == "" && said.parent == "" {
-			return nil
-		}
-		return validDigest(s)
-	}))
+	l.parent = digest.Digest(d.record(l, "parent", string(said.parent), validDigest))
 	l.cache = d.record(l, "cache-id", "", func(s string) error {
 		if s == "" || s != filepath.Base(s) || !filepath.IsLocal(s) {
 			return fmt.Errorf("%q is no folder's name", s)
@@ -139,7 +135,7 @@ func (d *dockerStore) record(l *dockerLayer, name, must string, valid func(strin
 	case name == "size":
 		o.source = "write the number of bytes in its files"
 	}
-	o.unreadable(l.file(name), data, err)
+	o.unreadable(l.file(name), err)
 	return must
 }
 
@@ -160,8 +156,8 @@ func (d *dockerStore) loadTree(l *dockerLayer) {
 	folder := object{c: l.c, name: l.name, images: l.images, source: "write it again from layerdb"}
 	link := path.Join(l.cache, "link")
 	data, err := readSmall(d.trees, link)
-	if err != nil || len(data) == 0 {
-		folder.unreadable(path.Join(dockerTrees, link), data, cmpErr(err, errors.New("0 bytes")))
+	if err != nil {
+		folder.unreadable(path.Join(dockerTrees, link), err)
 	} else if at := path.Join(dockerLinks, path.Base(string(data))); !d.leads(at, l.cache) {
 		folder.found(Missing, place{path: path.Join(dockerTrees, at)}, "no link to %s", l.cache)
 	}
@@ -169,12 +165,11 @@ func (d *dockerStore) loadTree(l *dockerLayer) {
 		return
 	}
 	lower := path.Join(l.cache, "lower")
-	data, err = readSmall(d.trees, lower)
-	if err == nil && len(data) > 0 {
+	if data, err = readSmall(d.trees, lower); err == nil {
 		err = d.lowers(string(data), l.depth)
 	}
-	if err != nil || len(data) == 0 {
-		folder.unreadable(path.Join(dockerTrees, lower), data, cmpErr(err, errors.New("0 bytes")))
+	if err != nil {
+		folder.unreadable(path.Join(dockerTrees, lower), err)
 	}
 }
 
@@ -228,45 +223,22 @@ func (d *dockerStore) compareLayer(l *dockerLayer) {
 	folder := path.Join(dockerTrees, l.cache, "diff")
 	root, err := reach.Dir(unix.AT_FDCWD, filepath.Join(d.opts.Root, folder))
 	if err != nil {
-		l.unreadable(folder, nil, err)
+		l.unreadable(folder, err)
 		return
 	}
 	defer root.Close()
-	name := path.Join(dockerLayers, l.chain.Encoded(), dockerTarSplit)
-	record, err := d.records.open(name)
-	if err != nil {
-		l.unreadable(l.file(dockerTarSplit), nil, err)
-		d.uncompared(l, root)
-		return
-	}
-	defer record.Close()
 	r := &reassembly{c: d.checker, root: root, wrong: map[string]mismatch{}}
-	want, sum, err := r.run(record)
+	want := d.reassemble(l, r)
 	if d.ctx.Err() != nil {
 		return
-	}
-	t := &comparison{
-		object: &l.object, folder: folder, rest: "the layer's " + dockerTarSplit + " says what it was", below: d.below(l), shifted: d.shifted,
-		contents: r.contents,
-	}
-	at := place{path: l.file(dockerTarSplit)}
-	size, _ := d.records.stat(name)
-	switch {
-	case err != nil && size == 0:
-		l.found(Empty, at, "0 bytes")
-	case err != nil:
-		l.found(Record, at, "%v", err)
-	case want == nil && r.sparse:
-		l.say(Unchecked, layout.Notice, at, "", "it has sparse files, which dockerd cannot put together again, to save or push: only files with contents are compared")
-	case sum != l.diff && l.diff != "" && len(r.wrong) == 0 || want == nil:
-		l.found(Record, at, "with the tree it gives a stream with the digest %s, and the DiffID is %s", sum, l.diff)
-	}
-	if err != nil {
-		d.uncompared(l, root)
 	}
 	d.mu.Lock()
 	d.report.Layers++
 	d.mu.Unlock()
+	t := &comparison{
+		object: &l.object, folder: folder, rest: "the layer's " + dockerTarSplit + " says what it was",
+		contents: r.contents, below: d.below(l), shifted: d.shifted,
+	}
 	if want != nil {
 		t.run(root, want)
 		return
@@ -276,8 +248,29 @@ func (d *dockerStore) compareLayer(l *dockerLayer) {
 	}
 }
 
-// uncompared says of a layer that has no record what can be seen without one.
-func (d *dockerStore) uncompared(l *dockerLayer, root *os.File) {
-	files, empty := countEmpty(root)
-	l.say(Unchecked, layout.Notice, place{path: path.Join(dockerTrees, l.cache, "diff")}, "", "nothing says what its files must be; %d of %d are empty", empty, files)
+// reassemble puts a layer's stream together, reports what is wrong with the
+// record, and returns the tree that it makes; nil: it makes none, and only what
+// r.wrong has is known.
+func (d *dockerStore) reassemble(l *dockerLayer, r *reassembly) *node {
+	record, err := d.records.open(path.Join(dockerLayers, l.chain.Encoded(), dockerTarSplit))
+	var want *node
+	var sum digest.Digest
+	if err == nil {
+		defer record.Close()
+		want, sum, err = r.run(record)
+	}
+	at := place{path: l.file(dockerTarSplit)}
+	switch {
+	case d.ctx.Err() != nil:
+	case err != nil:
+		files, empty := countEmpty(r.root)
+		l.unreadable(at.path, err)
+		tree := place{path: path.Join(dockerTrees, l.cache, "diff")}
+		l.say(Unchecked, layout.Notice, tree, "", "nothing says what all of its %d files must be; %d of them are empty", files, empty)
+	case want == nil && r.sparse:
+		l.say(Unchecked, layout.Notice, at, "", "it has sparse files, which dockerd cannot put together again, to save or push: only files with contents are compared")
+	case want == nil, sum != l.diff && l.diff != "" && len(r.wrong) == 0:
+		l.found(Record, at, "with the tree it gives a stream with the digest %s, and the DiffID is %s", sum, l.diff)
+	}
+	return want
 }

@@ -31,14 +31,14 @@ const maxEntries = 20_000_000
 // expected is one file as a layer's stream has it. The names of a hard link
 // share one.
 type expected struct {
-	mode   uint32       // type and permission bits, as lstat says them
-	as     []attributes // of each header of the file: unpackers disagree about which counts
-	xattrs map[string]string
-	size   int64
-	sum    [sha256.Size]byte // of its contents, where they were read
-	entry  string            // the name of the entry that has its contents
-	target string
-	rdev   uint64
+	mode    uint32       // type and permission bits, as lstat says them
+	headers []attributes // of each header of the file: unpackers disagree about which counts
+	xattrs  map[string]string
+	size    int64
+	sum     [sha256.Size]byte // of its contents, where they were read
+	entry   string            // the name of the entry that has its contents
+	target  string
+	rdev    uint64
 	// implied is a directory that the stream does not list. Whose attributes
 	// it gets differs between unpackers.
 	implied bool
@@ -190,8 +190,8 @@ func (x *expectation) link(parent *node, base string, h *tar.Header) {
 			at.children[last] = target
 		}
 	} else if !target.elsewhere {
-		if a := attributesOf(h); !slices.Contains(target.as, a) {
-			target.as = append(target.as, a)
+		if a := attributesOf(h); !slices.Contains(target.headers, a) {
+			target.headers = append(target.headers, a)
 		}
 		xattrs := xattrsOf(h)
 		target.uncapable = xattrs[capability] == "" && target.xattrs[capability] != ""
@@ -202,7 +202,7 @@ func (x *expectation) link(parent *node, base string, h *tar.Header) {
 
 // file is what an entry says of a file that is none of the special ones.
 func (x *expectation) file(h *tar.Header, name string, contents io.Reader) (*expected, error) {
-	e := &expected{as: []attributes{attributesOf(h)}, xattrs: xattrsOf(h), entry: strings.TrimPrefix(name, "/")}
+	e := &expected{headers: []attributes{attributesOf(h)}, xattrs: xattrsOf(h), entry: strings.TrimPrefix(name, "/")}
 	types := map[byte]uint32{
 		tar.TypeDir: unix.S_IFDIR, tar.TypeSymlink: unix.S_IFLNK, tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK,
 		tar.TypeFifo: unix.S_IFIFO, tar.TypeReg: unix.S_IFREG, tar.TypeGNUSparse: unix.S_IFREG, tar.TypeCont: unix.S_IFREG,
@@ -211,7 +211,7 @@ func (x *expectation) file(h *tar.Header, name string, contents io.Reader) (*exp
 	if !ok {
 		return nil, fmt.Errorf("an entry of type %q", h.Typeflag)
 	}
-	e.mode = kind | e.as[0].perm
+	e.mode = kind | e.headers[0].perm
 	switch kind {
 	case unix.S_IFLNK:
 		e.target = h.Linkname

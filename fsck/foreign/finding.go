@@ -58,7 +58,7 @@ type Report struct {
 	Omitted  int64          `json:"omitted"`  // findings that are counted and not listed
 	Counts   map[Kind]int64 `json:"counts"`   // of all findings
 	Images   int            `json:"images"`   // recorded ones
-	Layers   int            `json:"layers"`   // compared with their records
+	Layers   int            `json:"layers"`   // compared with their records, or with their DiffIDs
 	Blobs    int            `json:"blobs"`    // compared with their digests
 	Files    int64          `json:"files"`    // names in layers that were compared
 	Bytes    int64          `json:"bytes"`    // read and hashed

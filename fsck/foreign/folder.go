@@ -142,7 +142,13 @@ func (a *archive) list(dir string) (out []string, _ error) {
 
 func (a *archive) close() { a.file.Close() }
 
-// readSmall reads one of a store's small files.
+// What readSmall says besides the errors of reading.
+var (
+	errEmpty   = errors.New("0 bytes")
+	errTooLong = errors.New("it is longer than anything of its kind")
+)
+
+// readSmall reads one of a store's small files, which is never an empty one.
 func readSmall(f folder, name string) ([]byte, error) {
 	r, err := f.open(name)
 	if err != nil {
@@ -150,7 +156,11 @@ func readSmall(f folder, name string) ([]byte, error) {
 	}
 	defer r.Close()
 	data, err := io.ReadAll(io.LimitReader(r, maxDocument+1))
-	if err == nil && len(data) > maxDocument {
+	switch {
+	case err != nil:
+	case len(data) == 0:
+		err = errEmpty
+	case len(data) > maxDocument:
 		err = errTooLong
 	}
 	return data, err

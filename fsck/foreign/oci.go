@@ -42,6 +42,8 @@ type graph struct {
 	reach func(o *object, d ocispec.Descriptor, diff digest.Digest)
 	// absent is told of the manifests of an index that are not held.
 	absent func(o *object, index digest.Digest, child ocispec.Descriptor)
+	// folder is where blobs stand.
+	folder string
 	// blind says that something could not be read: what nothing else names
 	// may be what that does.
 	blind bool
@@ -70,24 +72,13 @@ func (g *graph) below(o *object, d ocispec.Descriptor, depth int) (out []manifes
 		g.blind = true
 		return nil
 	}
-	var m struct {
-		Config    ocispec.Descriptor   `json:"config"`
-		Layers    []ocispec.Descriptor `json:"layers"`
-		Manifests []ocispec.Descriptor `json:"manifests"`
-	}
-	err := json.Unmarshal(data, &m)
-	for _, child := range slices.Concat(m.Manifests, m.Layers) {
-		err = errors.Join(err, child.Digest.Validate())
-	}
-	if m.Config.Digest != "" {
-		err = errors.Join(err, m.Config.Digest.Validate())
-	}
+	m, err := decode(data)
 	if err == nil && depth > maxIndexes {
 		err = errors.New("it lies too deep")
 	}
 	if err != nil {
 		g.blind = true
-		o.found(Record, place{path: blobPath(d.Digest)}, "%v", err)
+		o.found(Record, place{path: path.Join(g.folder, blobPath(d.Digest))}, "%v", err)
 		return nil
 	}
 	for _, child := range m.Manifests {
@@ -104,13 +95,31 @@ func (g *graph) below(o *object, d ocispec.Descriptor, depth int) (out []manifes
 	return append(out, g.manifest(o, manifest{config: m.Config, layers: m.Layers, about: d.Platform != nil && d.Platform.OS == "unknown"}))
 }
 
+// document is an index or a manifest, or both.
+type document struct {
+	Config    ocispec.Descriptor   `json:"config"`
+	Layers    []ocispec.Descriptor `json:"layers"`
+	Manifests []ocispec.Descriptor `json:"manifests"`
+}
+
+func decode(data []byte) (d document, err error) {
+	err = json.Unmarshal(data, &d)
+	for _, child := range slices.Concat(d.Manifests, d.Layers) {
+		err = errors.Join(err, child.Digest.Validate())
+	}
+	if d.Config.Digest != "" {
+		err = errors.Join(err, d.Config.Digest.Validate())
+	}
+	return d, err
+}
+
 func (g *graph) manifest(o *object, m manifest) manifest {
 	g.reach(o, m.config, "")
-	if isImage := m.config.MediaType == ocispec.MediaTypeImageConfig || m.config.MediaType == dockerConfig; isImage {
+	if m.config.MediaType == ocispec.MediaTypeImageConfig || m.config.MediaType == dockerConfig {
 		if data := g.document(m.config); data != nil {
 			var err error
 			if m.diffs, err = diffsOf(data, len(m.layers)); err != nil {
-				o.found(Record, place{path: blobPath(m.config.Digest)}, "%v", err)
+				o.found(Record, place{path: path.Join(g.folder, blobPath(m.config.Digest))}, "%v", err)
 			}
 		}
 	}
@@ -207,19 +216,16 @@ func (o *object) judge(path string, must digest.Digest, diffs []digest.Digest, r
 	return true
 }
 
-var errTooLong = errors.New("it is longer than anything of its kind")
-
-// unreadable reports a file that should be read and cannot be. data is what
-// was read of it, nil if it was not opened.
-func (o *object) unreadable(path string, data []byte, err error) {
+// unreadable reports a file that should be read and cannot be.
+func (o *object) unreadable(path string, err error) {
 	kind, detail := Record, err.Error()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		kind, detail = Missing, "it is not there"
 	case errors.Is(err, reach.ErrNotRegular), errors.Is(err, unix.ENOTDIR):
 		kind = Type
-	case data != nil && len(data) == 0:
-		kind, detail = Empty, "0 bytes"
+	case errors.Is(err, errEmpty):
+		kind, detail = Empty, errEmpty.Error()
 	}
 	o.found(kind, place{path: path}, "%s", detail)
 }

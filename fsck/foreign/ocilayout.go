@@ -81,7 +81,7 @@ func (l *ociLayout) mark() {
 	}
 	if err != nil {
 		self := object{c: l.checker, name: "store", source: fmt.Sprintf(`write {"imageLayoutVersion":"%s"}`, ocispec.ImageLayoutVersion)}
-		self.unreadable(ocispec.ImageLayoutFile, data, err)
+		self.unreadable(ocispec.ImageLayoutFile, err)
 	}
 }
 
@@ -94,7 +94,7 @@ func (l *ociLayout) index(data []byte, err error) bool {
 	}
 	if err != nil {
 		self := object{c: l.checker, name: "store"}
-		self.unreadable(ocispec.ImageIndexFile, data, err)
+		self.unreadable(ocispec.ImageIndexFile, err)
 		return false
 	}
 	g := &graph{document: l.document, held: l.holds, reach: l.reach, absent: absent}
@@ -166,6 +166,9 @@ func (l *ociLayout) file(o *object, at string, d, diff digest.Digest) *layoutBlo
 func (l *ociLayout) verify() error {
 	for _, b := range l.blobs {
 		l.expect(max(0, b.size))
+		if len(b.diffs) > 0 {
+			l.report.Layers++
+		}
 	}
 	l.report.Blobs = len(l.blobs)
 	g, ctx := errgroup.WithContext(l.ctx)
@@ -184,7 +187,7 @@ func (l *ociLayout) verify() error {
 func (l *ociLayout) verifyBlob(b *layoutBlob) {
 	f, err := l.files.open(b.path)
 	if err != nil {
-		b.unreadable(b.path, nil, err)
+		b.unreadable(b.path, err)
 		return
 	}
 	defer f.Close()
@@ -196,7 +199,7 @@ func (l *ociLayout) verifyBlob(b *layoutBlob) {
 	if len(b.diffs) > 0 {
 		read, err = l.readLayer(f, must, b.diffs[0].Algorithm(), ignored)
 	} else {
-		read.sum, read.size, err = l.hashBlob(f, must)
+		read.sum, err = l.hashBlob(f, must)
 	}
 	b.judge(b.path, b.digest, b.diffs, read, err)
 }
@@ -226,7 +229,7 @@ func (l *ociLayout) dockerImages(data []byte, err error) {
 	}
 	if err != nil {
 		self := object{c: l.checker, name: "store", source: "index.json has the same images"}
-		self.unreadable(dockerManifest, data, err)
+		self.unreadable(dockerManifest, err)
 		return
 	}
 	for _, i := range images {

@@ -254,7 +254,7 @@ func TestContainerdDamagedPages(t *testing.T) {
 		data, err := os.ReadFile(name)
 		must(t, err)
 		for page := 0; page*4096 < len(data); page++ {
-			for at := page * 4096; at < page*4096+64; at += 3 {
+			for at := page * 4096; at < page*4096+64; at += 5 {
 				bad := append([]byte{}, data...)
 				bad[at] ^= 0x55
 				must(t, os.WriteFile(name, bad, 0o600))

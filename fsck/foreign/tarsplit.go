@@ -38,6 +38,9 @@ type reassembly struct {
 	sparse bool
 }
 
+// maxFile is more than file systems let a file have.
+const maxFile = 1 << 44
+
 // mismatch is what is wrong with a file, and the sum that it must have.
 type mismatch struct {
 	damage
@@ -48,6 +51,9 @@ type mismatch struct {
 // digest. An error is one of the record, which then ends early.
 func (r *reassembly) run(record io.Reader) (*node, digest.Digest, error) {
 	z, err := gzip.NewReader(record)
+	if errors.Is(err, io.EOF) {
+		err = errEmpty
+	}
 	if err != nil {
 		return nil, "", err
 	}
@@ -90,8 +96,8 @@ func (r *reassembly) Next() (*storage.Entry, error) {
 
 // Get is storage.FileGetter's: the contents of the entry that Next returned.
 func (r *reassembly) Get(name string) (io.ReadCloser, error) {
-	if r.entry == nil || r.entry.Size < 0 {
-		return nil, fmt.Errorf("%q has no size", name)
+	if r.entry == nil || r.entry.Size < 0 || r.entry.Size > maxFile {
+		return nil, fmt.Errorf("%q has no size that a file has", name)
 	}
 	p := &payload{r: r, entry: r.entry, left: r.entry.Size, sum: crc64.New(storage.CRCTable)}
 	f, err := r.open(name)

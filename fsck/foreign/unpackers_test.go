@@ -3,6 +3,8 @@ package foreign
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,9 +12,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	ctr "github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/vbatts/tar-split/tar/asm"
+	"github.com/vbatts/tar-split/tar/storage"
 	"golang.org/x/sys/unix"
 
 	"varve.dev/fsck/reach"
@@ -180,6 +185,46 @@ func FuzzUnpacked(f *testing.F) {
 				}
 				report(t, fmt.Sprintf("%s, layer %d", name, i), held(t, tree, stream, below))
 				below = []string{tree}
+			}
+		}
+	})
+}
+
+// FuzzTarSplit: no record of dockerd's ends in more than an error.
+func FuzzTarSplit(f *testing.F) {
+	layer, err := script([]byte("\x00\x00\x42\x01\x84\x04"), false)
+	if err != nil {
+		f.Fatal(err)
+	}
+	var record bytes.Buffer
+	stream, err := asm.NewInputTarStream(bytes.NewReader(layer), storage.NewJSONPacker(&record), nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, stream); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(record.Bytes())
+	f.Add([]byte(`{"type":1,"name":"../../etc/passwd","size":3,"payload":"AAAAAAAAAAA=","position":0}`))
+	f.Fuzz(func(t *testing.T, record []byte) {
+		root, err := reach.Dir(unix.AT_FDCWD, t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer root.Close()
+		var packed bytes.Buffer
+		z := gzip.NewWriter(&packed)
+		if _, err := z.Write(record); err != nil {
+			t.Fatal(err)
+		}
+		z.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // sizes are believed
+		defer cancel()
+		r := &reassembly{c: &checker{ctx: ctx, report: &Report{}}, root: root, wrong: map[string]mismatch{}}
+		_, _, _ = r.run(&packed)
+		for name, m := range r.wrong {
+			if m.kind != Missing {
+				t.Errorf("%q in an empty tree is %s", name, m.kind)
 			}
 		}
 	})

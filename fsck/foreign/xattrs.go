@@ -22,7 +22,7 @@ func ofLayer(name string) bool {
 }
 
 func (t *comparison) xattrs(want *expected, dirfd int, base string, st *unix.Stat_t) {
-	if len(want.as) == 0 {
+	if len(want.headers) == 0 {
 		return // nothing lists it
 	}
 	got, err := reach.Xattrs(dirfd, base, t.buf, ofLayer)
