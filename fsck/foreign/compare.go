@@ -55,6 +55,10 @@ type hiding struct{ record, disk bool }
 
 // children compares what is in the directory with the name dir.
 func (t *comparison) children(d *os.File, want *node, dir string, above hiding) {
+	if mark(d, redirectXattrs) != "" {
+		t.say(Unchecked, layout.Notice, t.at(dir), "", "overlayfs takes what is in it from a directory of another name (redirect_dir)")
+		return
+	}
 	marked := isOpaque(d)
 	t.opaque(d, want, dir, marked, above)
 	h := hiding{record: above.record || want.opaque != transparent, disk: above.disk || marked}
@@ -219,7 +223,11 @@ func (t *comparison) bytes(e *expected, dirfd int, base string, st *unix.Stat_t)
 		}
 		kind = Altered
 	}
-	if detail != "" && t.c.ctx.Err() == nil {
+	switch {
+	case detail == "" || t.c.ctx.Err() != nil:
+	case kind == Altered && t.isMetacopy(dirfd, base):
+		e.damages = append(e.damages, damage{kind: Unchecked, notice: true, detail: "overlayfs takes its contents from a lower layer (metacopy)"})
+	default:
 		e.wrong(kind, "%s", detail)
 	}
 }

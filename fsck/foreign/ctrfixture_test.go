@@ -39,8 +39,8 @@ func init() { _ = log.SetLevel("error") }
 
 const containerdName = "registry.example:5000/team/image:1"
 
-// makeContainerd unpacks an image.
-func makeContainerd(t *testing.T, img testkit.Image) containerdRoot {
+// makeContainerd unpacks an image, in the namespace default if none is named.
+func makeContainerd(t *testing.T, img testkit.Image, spaces ...string) containerdRoot {
 	t.Helper()
 	testkit.NeedRoot(t)
 	r := containerdRoot{dir: filepath.Join(t.TempDir(), "root")}
@@ -61,21 +61,32 @@ func makeContainerd(t *testing.T, img testkit.Image) containerdRoot {
 	defer db.Close()
 	mdb := metadata.NewDB(db, store, map[string]snapshots.Snapshotter{"overlayfs": sn})
 	must(t, mdb.Init(t.Context()))
-	ctx := namespaces.WithNamespace(t.Context(), "default")
-
-	blobs := append([]ocispec.Descriptor{img.Target, r.manifest.Config}, r.manifest.Layers...)
-	for _, b := range blobs {
-		f, err := os.Open(testkit.BlobPath(img.Dir, b.Digest))
-		must(t, err)
-		// As the fetcher labels them: the registry without its port.
-		from := content.WithLabels(map[string]string{"containerd.io/distribution.source.registry.example": "team/image"})
-		must(t, content.WriteBlob(ctx, mdb.ContentStore(), b.Digest.String(), f, ocispec.Descriptor{Digest: b.Digest, Size: b.Size}, from))
-		f.Close()
+	if len(spaces) == 0 {
+		spaces = []string{"default"}
 	}
-	_, err = metadata.NewImageStore(mdb).Create(ctx, images.Image{Name: containerdName, Target: img.Target})
-	must(t, err)
-	r.unpack(t, ctx, mdb, config)
+	for _, name := range spaces {
+		ctx := namespaces.WithNamespace(t.Context(), name)
+		for _, b := range append([]ocispec.Descriptor{img.Target, r.manifest.Config}, r.manifest.Layers...) {
+			f, err := os.Open(testkit.BlobPath(img.Dir, b.Digest))
+			must(t, err)
+			// As the fetcher labels them: the registry without its port.
+			from := content.WithLabels(map[string]string{"containerd.io/distribution.source.registry.example": "team/image"})
+			must(t, content.WriteBlob(ctx, mdb.ContentStore(), b.Digest.String(), f, ocispec.Descriptor{Digest: b.Digest, Size: b.Size}, from))
+			f.Close()
+		}
+		_, err = metadata.NewImageStore(mdb).Create(ctx, images.Image{Name: containerdName, Target: img.Target})
+		must(t, err)
+		r.unpack(t, ctx, mdb, config)
+	}
 	return r
+}
+
+// change changes the metadata as containerd would.
+func (r containerdRoot) change(t *testing.T, fn func(namespace *bolt.Bucket) error) {
+	t.Helper()
+	db, err := bolt.Open(filepath.Join(r.dir, "io.containerd.metadata.v1.bolt/meta.db"), 0o600, nil)
+	must(t, err)
+	must(t, db.Update(func(tx *bolt.Tx) error { return fn(tx.Bucket([]byte("v1")).Bucket([]byte("default"))) }), db.Close())
 }
 
 func (r containerdRoot) unpack(t *testing.T, ctx context.Context, mdb *metadata.DB, config ocispec.Image) {

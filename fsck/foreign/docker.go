@@ -148,8 +148,8 @@ func locked(name string) bool {
 func (d *dockerStore) digests(dir string) (out []digest.Digest, err error) {
 	names, err := d.records.list(dir)
 	for _, name := range names {
-		if d := digest.NewDigestFromEncoded(digest.SHA256, name); d.Validate() == nil {
-			out = append(out, d)
+		if id := digest.NewDigestFromEncoded(digest.SHA256, name); id.Validate() == nil {
+			out = append(out, id)
 		}
 	}
 	slices.Sort(out)

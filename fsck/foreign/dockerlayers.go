@@ -75,6 +75,7 @@ func (d *dockerStore) loadLayers() error {
 	for chain, l := range d.layers {
 		if l.gone = !there[chain]; l.gone {
 			d.blind = true // its tree may be there
+			l.chainLink = d.said[chain]
 			l.found(Missing, place{path: l.file("")}, "layerdb does not have it")
 			continue
 		}
@@ -152,7 +153,7 @@ func chainOf(parent, diff digest.Digest) digest.Digest {
 // written again from what the layers' records say.
 func (d *dockerStore) loadTree(l *dockerLayer) {
 	d.taken[l.cache] = true
-	d.descend(l)
+	d.countBelow(l)
 	folder := object{c: l.c, name: l.name, images: l.images, source: "write it again from layerdb"}
 	link := path.Join(l.cache, "link")
 	data, err := readSmall(d.trees, link)
@@ -173,9 +174,9 @@ func (d *dockerStore) loadTree(l *dockerLayer) {
 	}
 }
 
-// descend counts the layers below another, which all have to be there. That an
+// countBelow counts the layers below another, which all have to be there. That an
 // image's is not has been said.
-func (d *dockerStore) descend(l *dockerLayer) {
+func (d *dockerStore) countBelow(l *dockerLayer) {
 	for up := l; up.parent != "" && l.depth <= len(d.layers); l.depth++ {
 		next := d.layers[up.parent]
 		if next == nil {

@@ -86,8 +86,8 @@ func (e *expected) isDir() bool { return e.mode&unix.S_IFMT == unix.S_IFDIR }
 
 func (e *expected) isWhiteout() bool { return e.mode&unix.S_IFMT == unix.S_IFCHR && e.rdev == 0 }
 
-func newDir(implied bool) *node {
-	return &node{expected: &expected{mode: unix.S_IFDIR, implied: implied}, children: map[string]*node{}}
+func impliedDir() *node {
+	return &node{expected: &expected{mode: unix.S_IFDIR, implied: true}, children: map[string]*node{}}
 }
 
 // expectation makes the tree of a layer's stream.
@@ -99,7 +99,7 @@ type expectation struct {
 
 // expect reads a layer's stream to the end of its archive.
 func expect(stream io.Reader, hashContents bool) (*node, error) {
-	x := &expectation{root: newDir(true)}
+	x := &expectation{root: impliedDir()}
 	if hashContents {
 		x.sum = sha256.New()
 	}
@@ -205,7 +205,7 @@ func (x *expectation) file(h *tar.Header, name string, contents io.Reader) (*exp
 	e := &expected{headers: []attributes{attributesOf(h)}, xattrs: xattrsOf(h), entry: strings.TrimPrefix(name, "/")}
 	types := map[byte]uint32{
 		tar.TypeDir: unix.S_IFDIR, tar.TypeSymlink: unix.S_IFLNK, tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK,
-		tar.TypeFifo: unix.S_IFIFO, tar.TypeReg: unix.S_IFREG, tar.TypeGNUSparse: unix.S_IFREG, tar.TypeCont: unix.S_IFREG,
+		tar.TypeFifo: unix.S_IFIFO, tar.TypeReg: unix.S_IFREG, tar.TypeGNUSparse: unix.S_IFREG,
 	}
 	kind, ok := types[h.Typeflag]
 	if !ok {
@@ -236,10 +236,12 @@ func attributesOf(h *tar.Header) attributes {
 	}
 }
 
-func xattrsOf(h *tar.Header) map[string]string {
-	out := map[string]string{}
+func xattrsOf(h *tar.Header) (out map[string]string) {
 	for key, value := range h.PAXRecords {
 		if x, ok := strings.CutPrefix(key, xattrRecord); ok {
+			if out == nil {
+				out = map[string]string{}
+			}
 			out[x] = value
 		}
 	}
@@ -268,7 +270,7 @@ func (x *expectation) dir(name string) *node {
 		child := parent.children[base]
 		switch {
 		case child == nil || child.isWhiteout():
-			child = newDir(true)
+			child = impliedDir()
 			if parent.children[base] != nil {
 				child.opaque = mayBeOpaque
 			}

@@ -34,7 +34,7 @@ const (
 	Record  Kind = "record" // a record of the engine's that cannot be read, or contradicts another
 
 	Unchecked Kind = "unchecked" // there is nothing to compare it with
-	InUse     Kind = "in use"    // the engine has the store open
+	InUse     Kind = "in-use"    // the engine has the store open
 )
 
 // Finding is one thing that is not as it was recorded. Its JSON is stable:

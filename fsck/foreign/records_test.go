@@ -287,3 +287,67 @@ func TestCancelled(t *testing.T) {
 		}
 	}
 }
+
+// The same image in two namespaces is two images of the same blobs.
+func TestContainerdNamespaces(t *testing.T) {
+	r := makeContainerd(t, bitOfAll(t), "default", "k8s.io")
+	wantClean(t, check(t, foreign.Containerd, r.dir))
+	must(t, truncate(filepath.Join(r.dir, "io.containerd.content.v1.content", blobAt(r.manifest.Config.Digest))))
+	report := check(t, foreign.Containerd, r.dir)
+	wantFindings(t, report, finding{foreign.Empty, layout.Damage, blobAt(r.manifest.Config.Digest)})
+	if got := strings.Join(report.Findings[0].Images, " "); report.Images != 2 || got != "default/"+containerdName+" k8s.io/"+containerdName {
+		t.Errorf("%d images, the blob is of %s", report.Images, got)
+	}
+}
+
+// What a containerd says that it does not have is no finding, as long as the
+// image can be run.
+func TestContainerdHasNotAll(t *testing.T) {
+	img := bitOfAll(t)
+	forget := func(blobs *bolt.Bucket, r containerdRoot, d string) error {
+		return errors.Join(blobs.DeleteBucket([]byte(d)), os.Remove(filepath.Join(r.dir, "io.containerd.content.v1.content/blobs/sha256", d[len("sha256:"):])))
+	}
+	blobsOf := func(n *bolt.Bucket) *bolt.Bucket { return n.Bucket([]byte("content")).Bucket([]byte("blob")) }
+	snapshots := "io.containerd.snapshotter.v1.overlayfs/snapshots"
+	for _, c := range []struct {
+		name string
+		do   func(r containerdRoot, n *bolt.Bucket) error
+		want []finding
+	}{
+		// As CRI does with discard_unpacked_layers.
+		{"layers that were unpacked", func(r containerdRoot, n *bolt.Bucket) error {
+			return errors.Join(forget(blobsOf(n), r, r.manifest.Layers[0].Digest.String()), forget(blobsOf(n), r, r.manifest.Layers[1].Digest.String()))
+		}, []finding{{foreign.Unchecked, layout.Notice, snapshots}}},
+		{"the manifest", func(r containerdRoot, n *bolt.Bucket) error { return forget(blobsOf(n), r, img.Target.Digest.String()) },
+			[]finding{{foreign.Missing, layout.Damage, "meta.db"}}},
+		{"the config", func(r containerdRoot, n *bolt.Bucket) error {
+			return forget(blobsOf(n), r, r.manifest.Config.Digest.String())
+		},
+			[]finding{{foreign.Missing, layout.Damage, "meta.db"}}},
+		{"a snapshot of a container", func(r containerdRoot, n *bolt.Bucket) error {
+			containers, err := n.CreateBucketIfNotExists([]byte("containers"))
+			if err != nil {
+				return err
+			}
+			c, err := containers.CreateBucket([]byte("made"))
+			if err != nil {
+				return err
+			}
+			return errors.Join(c.Put([]byte("snapshotter"), []byte("overlayfs")), c.Put([]byte("snapshotKey"), []byte("nowhere")), c.Put([]byte("image"), []byte(containerdName)))
+		}, []finding{{foreign.Missing, layout.Loss, "meta.db"}}},
+		{"another snapshotter's", func(r containerdRoot, n *bolt.Bucket) error {
+			s, err := n.Bucket([]byte("snapshots")).CreateBucket([]byte("btrfs"))
+			if err != nil {
+				return err
+			}
+			_, err = s.CreateBucket([]byte(r.chains[0]))
+			return err
+		}, []finding{{foreign.Unchecked, layout.Notice, "meta.db"}}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := makeContainerd(t, img)
+			r.change(t, func(n *bolt.Bucket) error { return c.do(r, n) })
+			wantFindings(t, check(t, foreign.Containerd, r.dir), c.want...)
+		})
+	}
+}

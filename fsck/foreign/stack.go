@@ -91,19 +91,28 @@ func descend(tree, dir string) (d *os.File, deeper bool) {
 	return d, deeper
 }
 
-// The mark of a directory that hides what is below it: trusted where a whole
-// machine mounts it, user inside a user namespace.
-var opaqueXattrs = []string{"trusted.overlay.opaque", "user.overlay.opaque"}
+// What overlayfs notes: trusted where a whole machine mounts it, user inside a
+// user namespace.
+var (
+	opaqueXattrs   = []string{"trusted.overlay.opaque", "user.overlay.opaque"}
+	redirectXattrs = []string{"trusted.overlay.redirect", "user.overlay.redirect"}
+	metacopyXattrs = []string{"trusted.overlay.metacopy", "user.overlay.metacopy"}
+)
 
-func isOpaque(d *os.File) bool {
-	var value [1]byte
-	for _, x := range opaqueXattrs {
-		if n, err := unix.Fgetxattr(int(d.Fd()), x, value[:]); err == nil && n == 1 && value[0] == 'y' {
-			return true
+// mark reads one of overlayfs's notes on a directory; empty: it has none.
+func mark(d *os.File, names []string) string {
+	value := make([]byte, 4096)
+	for _, x := range names {
+		if n, err := unix.Fgetxattr(int(d.Fd()), x, value); err == nil {
+			return string(value[:n])
 		}
 	}
-	return false
+	return ""
 }
+
+// isOpaque tells whether a directory hides what is below: that it does not is
+// noted too, sometimes.
+func isOpaque(d *os.File) bool { return mark(d, opaqueXattrs) == "y" }
 
 func isWhiteout(st *unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0 }
 

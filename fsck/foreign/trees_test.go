@@ -150,6 +150,12 @@ var treeCases = []treeCase{
 		return unix.Setxattr(at("d"), "trusted.overlay.opaque", []byte("y"), 0)
 	}, one(foreign.Xattr, "/d")},
 	{"a socket", 0, func(at func(string) string) error { return unix.Mknod(at("socket"), unix.S_IFSOCK|0o600, 0) }, nil},
+	{"redirected", 0, func(at func(string) string) error {
+		return errors.Join(quietly(at("d/other"), os.Remove), unix.Setxattr(at("d"), "trusted.overlay.redirect", []byte("/x"), 0))
+	}, []finding{{foreign.Unchecked, layout.Notice, "/d"}}},
+	{"a copy of attributes", 0, func(at func(string) string) error {
+		return errors.Join(flip(at("d/other")), unix.Setxattr(at("d/other"), "trusted.overlay.metacopy", nil, 0))
+	}, []finding{{foreign.Unchecked, layout.Notice, "/d/other"}}},
 	{"a mark of overlayfs", 1, func(at func(string) string) error {
 		return unix.Setxattr(at("d"), "trusted.overlay.impure", []byte("y"), 0)
 	}, nil},

@@ -51,6 +51,13 @@ func (t *comparison) xattrs(want *expected, dirfd int, base string, st *unix.Sta
 	}
 }
 
+// isMetacopy tells whether a file has only the attributes of what it is, and
+// its contents below.
+func (t *comparison) isMetacopy(dirfd int, base string) bool {
+	got, err := reach.Xattrs(dirfd, base, t.buf, func(name string) bool { return slices.Contains(metacopyXattrs, name) })
+	return err == nil && len(got) > 0
+}
+
 // unsettable tells whether unpackers could not set an xattr, or would not, and
 // went on.
 func unsettable(e *expected, x string, st *unix.Stat_t) bool {
