@@ -16,7 +16,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 
 # What else the tests beside other tools need.
 CLIENTS := docker.io podman containerd runc crun
-PEERS   := runc containerd
+PEERS   := runc containerd docker.io
 
 .PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage clean
 

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -23,7 +24,7 @@ func blobObject(d layout.BlobDigest) string { return "blob " + string(d) }
 func (c *checker) blobFile(d layout.BlobDigest) (fi fs.FileInfo, err error) {
 	fi, err = os.Lstat(c.path(layout.BlobPath(d)))
 	if err == nil && !fi.Mode().IsRegular() {
-		return fi, errNotRegular
+		return fi, reach.ErrNotRegular
 	}
 	return fi, err
 }
@@ -35,7 +36,7 @@ func (c *checker) blobStands(f found) {
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			f(blobObject(d), layout.BlobPath(d), "the file is missing")
-		case errors.Is(err, errNotRegular):
+		case errors.Is(err, reach.ErrNotRegular):
 			f(blobObject(d), layout.BlobPath(d), "it is no regular file but %v", fi.Mode().Type())
 		case err != nil:
 			f(blobObject(d), layout.BlobPath(d), "%v", err)
@@ -133,7 +134,7 @@ func (c *checker) digestOf(d layout.BlobDigest, f found) {
 
 // hash reads a regular file. It tells Progress, and ends with the context.
 func (c *checker) hash(dirfd int, name string) (sum string, err error) {
-	file, err := openRegular(dirfd, name)
+	file, err := reach.Regular(dirfd, name)
 	if err != nil {
 		return "", err
 	}
@@ -159,7 +160,7 @@ func (c *checker) hash(dirfd int, name string) (sum string, err error) {
 
 // readBlob reads a blob of a bounded size whole.
 func (c *checker) readBlob(d layout.BlobDigest, limit int64) ([]byte, error) {
-	file, err := openRegular(unix.AT_FDCWD, c.path(layout.BlobPath(d)))
+	file, err := reach.Regular(unix.AT_FDCWD, c.path(layout.BlobPath(d)))
 	if err != nil {
 		return nil, err
 	}

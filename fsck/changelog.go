@@ -9,6 +9,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -72,7 +73,7 @@ func (c *checker) changeLog(f found) {
 // replay reads the log as far as the database had got when it was read, up to
 // a last line that is not whole.
 func (c *checker) replay(said map[string]string, f found) (seq uint64, ok bool) {
-	file, err := openRegular(unix.AT_FDCWD, c.path(layout.LogFile))
+	file, err := reach.Regular(unix.AT_FDCWD, c.path(layout.LogFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		f("change log", layout.LogFile, "it is missing")
 		return 0, false

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -49,36 +48,6 @@ func (c *checker) isDir(rel string) bool {
 func (c *checker) gone(rel string) bool {
 	_, err := os.Lstat(c.path(rel))
 	return errors.Is(err, fs.ErrNotExist)
-}
-
-var errNotRegular = errors.New("not a regular file")
-
-// openRegular opens a file for reading if it is a regular one. Nothing else is
-// ever opened: a link leads elsewhere, opening a fifo waits, and opening a
-// device does things. dirfd is as for openat(2).
-func openRegular(dirfd int, name string) (*os.File, error) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(dirfd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return nil, &fs.PathError{Op: "stat", Path: name, Err: err}
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, &fs.PathError{Op: "open", Path: name, Err: errNotRegular}
-	}
-	full := within(dirfd, name)
-	f, err := os.OpenFile(full, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOATIME, 0)
-	if errors.Is(err, unix.EPERM) { // O_NOATIME is for the file's owner
-		f, err = os.OpenFile(full, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	}
-	return f, err
-}
-
-// within is a path to a name in an open directory, for what has no *at form:
-// xattrs before Linux 6.13, and os.OpenFile.
-func within(dirfd int, name string) string {
-	if dirfd == unix.AT_FDCWD {
-		return name
-	}
-	return "/proc/self/fd/" + strconv.Itoa(dirfd) + "/" + name
 }
 
 // underWay are the paths that an intent, a sweep or, online, a lease accounts

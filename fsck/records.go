@@ -13,6 +13,7 @@ import (
 	berrors "go.etcd.io/bbolt/errors"
 
 	"varve.dev/errdefs"
+	"varve.dev/fsck/pages"
 	"varve.dev/layout"
 )
 
@@ -139,7 +140,7 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 		return nil, nil
 	}
 	// Under bbolt's lock, so that nobody writes meanwhile.
-	if err := walkPages(path); err != nil {
+	if err := pages.Walk(path); err != nil {
 		c.damaged("M2", theDatabase, "%v", err)
 		return nil, db.Close()
 	}

@@ -1,7 +1,6 @@
 package fsck
 
 import (
-	"errors"
 	"io"
 	"io/fs"
 	"maps"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -45,14 +45,14 @@ func (c *checker) compareTree(id layout.LayerID, rec layout.LayerRecord, f found
 		c:     c,
 		found: func(name, format string, args ...any) { f(layerObject(id), name, format, args...) },
 		wants: map[string]*want{}, inodes: map[*want]inode{}, owners: map[inode]*want{},
-		buf: make([]byte, 64<<10), // XATTR_LIST_MAX, XATTR_SIZE_MAX
+		buf: make([]byte, reach.XattrSpace),
 	}
 	for i := range wants {
 		for _, n := range wants[i].names {
 			t.wants[n] = &wants[i]
 		}
 	}
-	root, err := openDir(unix.AT_FDCWD, c.path(treePath(id)))
+	root, err := reach.Dir(unix.AT_FDCWD, c.path(treePath(id)))
 	if err != nil {
 		t.found(".", "%v", err)
 		return
@@ -81,10 +81,6 @@ type tree struct {
 
 type inode struct{ dev, ino uint64 }
 
-func openDir(dirfd int, name string) (*os.File, error) {
-	return os.OpenFile(within(dirfd, name), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-}
-
 // children compares what is in the directory with the name dir.
 func (t *tree) children(d *os.File, dir string) {
 	for {
@@ -97,7 +93,7 @@ func (t *tree) children(d *os.File, dir string) {
 			if !t.entry(int(d.Fd()), base, name) {
 				continue
 			}
-			sub, err := openDir(int(d.Fd()), base)
+			sub, err := reach.Dir(int(d.Fd()), base)
 			if err != nil {
 				t.found(name, "%v", err)
 				continue
@@ -207,7 +203,9 @@ func (t *tree) contents(w *want, dirfd int, base, name string, st *unix.Stat_t) 
 
 // xattrs compares all but what overlayfs notes for itself.
 func (t *tree) xattrs(w *want, dirfd int, base, name string) {
-	got, err := t.listXattrs(dirfd, base)
+	got, err := reach.Xattrs(dirfd, base, t.buf, func(x string) bool {
+		return !strings.HasPrefix(x, overlayXattrs) || x == opaqueXattr
+	})
 	if err != nil {
 		t.found(name, "xattrs: %v", err)
 		return
@@ -229,28 +227,4 @@ func (t *tree) xattrs(w *want, dirfd int, base, name string) {
 			t.found(name, "xattr %q is %q, must be %q", x, have, must)
 		}
 	}
-}
-
-// listXattrs names the file and does not open it: a link or a device cannot be.
-func (t *tree) listXattrs(dirfd int, base string) (map[string]string, error) {
-	full := within(dirfd, base)
-	n, err := unix.Llistxattr(full, t.buf)
-	if errors.Is(err, unix.ENOTSUP) || err == nil && n == 0 {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	out := map[string]string{}
-	for x := range strings.SplitSeq(strings.TrimSuffix(string(t.buf[:n]), "\x00"), "\x00") {
-		if strings.HasPrefix(x, overlayXattrs) && x != opaqueXattr {
-			continue
-		}
-		k, err := unix.Lgetxattr(full, x, t.buf)
-		if err != nil {
-			return nil, err
-		}
-		out[x] = string(t.buf[:k])
-	}
-	return out, nil
 }

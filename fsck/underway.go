@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -151,7 +152,7 @@ func (c *checker) ingestContent(f found) {
 }
 
 func (c *checker) ingestInfo(rel string) error {
-	file, err := openRegular(unix.AT_FDCWD, c.path(rel))
+	file, err := reach.Regular(unix.AT_FDCWD, c.path(rel))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

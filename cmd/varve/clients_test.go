@@ -35,6 +35,8 @@ type client struct {
 	save func(t *testing.T, ref, archive string)
 	// build makes an image of a build context; nil: it has no such thing.
 	build func(t *testing.T, dir, ref string)
+	// create makes a container of an image; nil: it is not asked to.
+	create func(t *testing.T, ref string)
 	// tree calls fn with a folder that shows what is in an image.
 	tree func(t *testing.T, ref string, fn func(dir string))
 }
@@ -90,9 +92,10 @@ func mounted(t *testing.T, lowers []string, fn func(dir string)) {
 	fn(dir)
 }
 
-func docker(t *testing.T) client {
+func docker(t *testing.T) client { return dockerAt(t, t.TempDir()) }
+
+func dockerAt(t *testing.T, dir string) client {
 	testkit.Need(t, "dockerd", "docker.io")
-	dir := t.TempDir()
 	host := "unix://" + dir + "/docker.sock"
 	docker := func(t *testing.T, args ...string) string {
 		return sh(t, "docker", append([]string{"-H", host}, args...)...)
@@ -112,6 +115,7 @@ func docker(t *testing.T) client {
 		build: func(t *testing.T, dir, ref string) {
 			docker(t, "build", "-q", "--network", "host", "-t", ref, dir)
 		},
+		create: func(t *testing.T, ref string) { docker(t, "create", "--network", "none", ref, "true") },
 		tree: func(t *testing.T, ref string, fn func(string)) {
 			dirs := docker(t, "image", "inspect", "-f", "{{.GraphDriver.Data.UpperDir}}:{{.GraphDriver.Data.LowerDir}}", ref)
 			lowers := strings.Split(strings.TrimSpace(dirs), ":")
@@ -149,9 +153,10 @@ func podman(t *testing.T) client {
 	}
 }
 
-func containerd(t *testing.T) client {
+func containerd(t *testing.T) client { return containerdAt(t, t.TempDir()) }
+
+func containerdAt(t *testing.T, dir string) client {
 	testkit.Need(t, "containerd", "containerd")
-	dir := t.TempDir()
 	sock := dir + "/sock"
 	config := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\n[grpc]\n  address = %q\n", dir+"/root", dir+"/state", sock)
 	if err := os.WriteFile(dir+"/config.toml", []byte(config), 0o600); err != nil {
@@ -162,11 +167,12 @@ func containerd(t *testing.T) client {
 		return sh(t, "ctr", append([]string{"-a", sock}, args...)...)
 	}
 	return client{
-		name: "containerd",
-		pull: func(t *testing.T, ref string) { ctr(t, "images", "pull", "--plain-http", ref) },
-		push: func(t *testing.T, ref string) { ctr(t, "images", "push", "--plain-http", ref) },
-		load: func(t *testing.T, archive string) { ctr(t, "images", "import", archive) },
-		save: func(t *testing.T, ref, archive string) { ctr(t, "images", "export", archive, ref) },
+		name:   "containerd",
+		pull:   func(t *testing.T, ref string) { ctr(t, "images", "pull", "--plain-http", ref) },
+		push:   func(t *testing.T, ref string) { ctr(t, "images", "push", "--plain-http", ref) },
+		load:   func(t *testing.T, archive string) { ctr(t, "images", "import", archive) },
+		save:   func(t *testing.T, ref, archive string) { ctr(t, "images", "export", archive, ref) },
+		create: func(t *testing.T, ref string) { ctr(t, "containers", "create", ref, "made", "true") },
 		tree: func(t *testing.T, ref string, fn func(string)) {
 			at := t.TempDir()
 			ctr(t, "images", "mount", ref, at)

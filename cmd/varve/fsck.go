@@ -19,6 +19,7 @@ const couldNotRun = 3
 func newFsck(g *globals) *cobra.Command {
 	var deep, quick, asJSON, list, repair, dryRun bool
 	var registry registryFlags
+	var of foreignStore
 	cmd := &cobra.Command{
 		Use:   "fsck [OPTIONS]",
 		Short: "Check the store, say what is wrong where, and repair it",
@@ -29,9 +30,15 @@ the registries that it came from, while the store is in use, and then checked
 again. What was bad is kept in the store's quarantine folder. With --dry-run
 the plan is printed and nothing is done.
 
+With --of-oci-layout, --of-docker or --of-containerd, check somebody else's
+instead: no store of varve's is needed, and nothing is changed.
+
 Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if of.named(cmd) {
+				return of.check(cmd, asJSON)
+			}
 			if list {
 				return printLaw(cmd)
 			}
@@ -80,6 +87,7 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what --repair would do")
 	registry.add(cmd)
 	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and its repair")
+	of.add(cmd)
 	return cmd
 }
 

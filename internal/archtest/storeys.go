@@ -15,9 +15,9 @@ type storey struct {
 // storeys from the bottom up.
 var storeys = []storey{
 	{[]string{"errdefs", "internal/version", "overlay"}, "error kinds; the version of a build; a stack of layers and how to mount it"},
-	{[]string{"durable"}, "permanence: the one door to rename, sync and create"},
+	{[]string{"durable", "fsck/pages", "fsck/reach"}, "permanence: the one door to rename, sync and create; the witness's eyes: bbolt's pages, files without following a link"},
 	{[]string{"durable/crashsim", "layout"}, "what a power cut could leave (tests only); the format in constants and words"},
-	{[]string{"metadata", "fsck", "layer"}, "the database; the witness; tar stream ⇄ tree, file manifests"},
+	{[]string{"metadata", "fsck", "fsck/foreign", "layer"}, "the database; the witness; other engines' stores against what they recorded; tar stream ⇄ tree, file manifests"},
 	{[]string{"journal"}, "publications, removals, recovery"},
 	{[]string{"content"}, "blobs and ingests"},
 	{[]string{"snapshotter"}, "overlay2 snapshots"},
@@ -40,6 +40,10 @@ var rules = []rule{
 	{"fsck", "varve.dev/metadata", "a witness that reads through the writer's code repeats its mistakes"},
 	{"fsck", "varve.dev/layer", "the same, for file manifests"},
 	{"fsck", "varve.dev/durable", "it changes nothing"},
+	{"fsck/foreign", "varve.dev/metadata", "it is a witness too"},
+	{"fsck/foreign", "varve.dev/layer", "it is a witness too"},
+	{"fsck/foreign", "varve.dev/durable", "it changes nothing"},
+	{"fsck/foreign", "github.com/containerd/containerd", "it would repeat the mistakes of the engine that it looks at"},
 	{"runtime", "github.com/opencontainers/runc", "libcontainer is in the shim's binary alone"},
 	{"cmd/varve-runtime", "github.com/moby/buildkit", "starting a container must not pay for a builder"},
 	{"cmd/varve-runtime", "github.com/containerd/containerd", "nor for registries"},

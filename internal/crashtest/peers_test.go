@@ -3,17 +3,24 @@
 package crashtest
 
 import (
+	"archive/tar"
+	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"varve.dev/fsck/foreign"
 	"varve.dev/internal/powercut"
 	"varve.dev/internal/testkit"
 )
@@ -28,6 +35,8 @@ type peer struct {
 	list    []string
 	version []string
 	layers  string // where the trees of its layers are
+	engine  foreign.Engine
+	root    string // what fsck is to be told
 }
 
 var peers = []peer{
@@ -47,13 +56,15 @@ var peers = []peer{
 		list:    []string{"images", "ls", "-q"},
 		version: []string{"--version"},
 		layers:  "containerd/io.containerd.snapshotter.v1.overlayfs/snapshots",
+		engine:  foreign.Containerd,
+		root:    "containerd",
 	},
 	{
 		name: "dockerd",
 		daemon: func(dir, state string) *exec.Cmd {
 			return exec.Command("dockerd", "--data-root", filepath.Join(dir, "docker"), "--exec-root", filepath.Join(state, "docker"),
 				"--pidfile", filepath.Join(state, "pid"), "-H", "unix://"+filepath.Join(state, "sock"),
-				"--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
+				"--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
 		},
 		client: func(state string, args ...string) *exec.Cmd {
 			return exec.Command("docker", append([]string{"-H", "unix://" + filepath.Join(state, "sock")}, args...)...)
@@ -63,6 +74,8 @@ var peers = []peer{
 		list:    []string{"images", "--format", "{{.Repository}}:{{.Tag}}"},
 		version: []string{"version", "--format", "{{.Server.Version}}"},
 		layers:  "docker/overlay2",
+		engine:  foreign.Docker,
+		root:    "docker",
 	},
 }
 
@@ -91,6 +104,24 @@ func init() {
 				}
 				return err
 			})
+		}
+		// In a process of its own: the one that serves the disk must not map
+		// the database that is on it.
+		roles[p.name+" is checked"] = func(dir string, _ []string, mark func(string, ...any)) error {
+			report, err := foreign.Run(context.Background(), foreign.Options{Engine: p.engine, Root: filepath.Join(dir, p.root)})
+			if err != nil {
+				return err
+			}
+			for _, f := range report.Findings {
+				if f.Kind == foreign.Empty || f.Kind == foreign.Extra {
+					mark("%s %s", f.Kind, filepath.Join(p.root, f.Path))
+				}
+			}
+			for _, kind := range slices.Sorted(maps.Keys(report.Counts)) {
+				mark("count %d %s", report.Counts[kind], kind)
+			}
+			mark("code %d", report.ExitCode())
+			return nil
 		}
 	}
 }
@@ -128,7 +159,7 @@ func (p peer) ask(state string, args ...string) (string, error) {
 // one, which links into lower layers.
 const debianName = "debian:1"
 
-var peersTable = table{"peers", row{"engine", "file system", "after a pull that was acknowledged", "when it is started again"}}
+var peersTable = table{"peers", row{"engine", "file system", "after a pull that was acknowledged", "`varve fsck --of-…` names", "when it is started again"}}
 
 // TestPeersUnderTheRig pulls an image by other engines and cuts the power when
 // they have said that it is done: the instrument that finds nothing with varve
@@ -150,7 +181,11 @@ func (p peer) cutPower(t *testing.T, at place, kind powercut.FileSystem) {
 	rec, facts := record(t, rig, kind, 4<<30, at.worker(p.name+" pulls"), state, at.remote)
 	m, err := rig.Mount(kind, rec.Replay().Image(powercut.Cut{At: rec.Find("acknowledged"), Tail: powercut.None}))
 	must(t, err)
-	files, empty := countEmpty(t, filepath.Join(m.Dir, p.layers))
+	files, empty := emptyFiles(t, m.Dir, p.layers)
+	lost := fmt.Sprintf("%d files, %d of them empty", files, len(empty))
+	some := len(empty) > 0
+	named, verdict := p.check(t, at, m.Dir, empty)
+	compareEmpty(t, empty, named, mustBeEmpty(t, testkit.Debian(t)))
 	listed := 0
 	w := at.worker(p.name + " lists")
 	w.Mark = func(string) { listed++ }
@@ -162,9 +197,8 @@ func (p peer) cutPower(t *testing.T, at place, kind powercut.FileSystem) {
 		t.Log(lerr)
 	}
 	version := strings.Fields(facts[0])
-	lost := fmt.Sprintf("%d files, %d of them empty", files, empty)
-	tell(t, peersTable, row{p.name + " " + version[len(version)-1], string(kind), lost, after})
-	if empty == 0 && files > 1000 {
+	tell(t, peersTable, row{p.name + " " + version[len(version)-1], string(kind), lost, verdict, after})
+	if !some && files > 1000 {
 		t.Error("it lost nothing")
 	}
 }
@@ -183,15 +217,68 @@ func unmountAll(m *powercut.Mount) error {
 	return errors.Join(err, m.Unmount())
 }
 
-func countEmpty(t *testing.T, dir string) (files, empty int) {
-	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+// check has the store looked at by varve fsck. What lies in trees whose record
+// is lost, and which are named as a whole, is taken from the empty files.
+func (p peer) check(t *testing.T, at place, dir string, empty map[string]bool) (named map[string]bool, verdict string) {
+	t.Helper()
+	named = map[string]bool{}
+	var counts []string
+	w := at.worker(p.name + " is checked")
+	w.Mark = func(line string) {
+		what, rest, _ := strings.Cut(line, " ")
+		switch what {
+		case "empty":
+			named[rest] = true
+		case "extra":
+			maps.DeleteFunc(empty, func(name string, _ bool) bool { return strings.HasPrefix(name, rest+"/") })
+		case "count":
+			counts = append(counts, rest)
+		case "code":
+			verdict = "exit code " + rest
+		}
+	}
+	if err := w.Run(dir); err != nil {
+		t.Error(err) // the disk has to be unmounted all the same
+	}
+	return named, strings.Join(append(counts, verdict), ", ")
+}
+
+// compareEmpty compares the empty files with those that fsck names: all, but
+// for those that the image has empty.
+func compareEmpty(t *testing.T, empty, named, rightly map[string]bool) {
+	t.Helper()
+	isRight := func(name string) bool {
+		for _, tree := range []string{"/diff/", "/fs/"} {
+			if _, file, ok := strings.Cut(name, tree); ok {
+				return rightly[file]
+			}
+		}
+		return false
+	}
+	for name := range empty {
+		if named[name] == isRight(name) {
+			t.Errorf("%s is empty, must be so: %v, fsck names it: %v", name, isRight(name), named[name])
+		}
+	}
+	for name := range named {
+		if (strings.Contains(name, "/diff/") || strings.Contains(name, "/fs/")) && !empty[name] {
+			t.Errorf("fsck says that %s is empty", name)
+		}
+	}
+}
+
+// emptyFiles counts the regular files of layers, and names the empty ones.
+func emptyFiles(t *testing.T, root, layers string) (files int, empty map[string]bool) {
+	empty = map[string]bool{}
+	err := filepath.WalkDir(filepath.Join(root, layers), func(name string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
 		fi, err := d.Info()
 		files++
 		if err == nil && fi.Size() == 0 {
-			empty++
+			name, err = filepath.Rel(root, name)
+			empty[name] = true
 		}
 		return err
 	})
@@ -199,4 +286,26 @@ func countEmpty(t *testing.T, dir string) (files, empty int) {
 		t.Error(err)
 	}
 	return files, empty
+}
+
+// mustBeEmpty are the names in an image of one layer that have no bytes.
+func mustBeEmpty(t *testing.T, img testkit.Image) map[string]bool {
+	t.Helper()
+	m, _ := testkit.ReadImage(t, img)
+	f, err := os.Open(testkit.BlobPath(img.Dir, m.Layers[0].Digest))
+	must(t, err)
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	must(t, err)
+	empty := map[string]bool{}
+	for r := tar.NewReader(z); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return empty
+		}
+		must(t, err)
+		if name := filepath.Clean(h.Name); h.Typeflag == tar.TypeReg && h.Size == 0 || h.Typeflag == tar.TypeLink && empty[filepath.Clean(h.Linkname)] {
+			empty[name] = true
+		}
+	}
 }

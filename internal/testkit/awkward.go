@@ -2,6 +2,8 @@ package testkit
 
 import (
 	"archive/tar"
+	"cmp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -47,11 +49,28 @@ var awkwardLayers = []struct {
 }
 
 // MakeAwkward is [Awkward] outside tests.
-func MakeAwkward() (Image, error) {
-	return cached("awkward", []string{"2"}, func(l *Layout) (Image, error) {
+func MakeAwkward() (Image, error) { return makeAwkward("awkward", "") }
+
+// AwkwardWithout is [Awkward] without the layers of these names, which some
+// engine cannot unpack, and with all of them stored in one way.
+func AwkwardWithout(t testing.TB, how Compression, names ...string) Image {
+	t.Helper()
+	img, err := makeAwkward("awkward-part", how, names...)
+	return must(t, img, err)
+}
+
+func makeAwkward(name string, how Compression, without ...string) (Image, error) {
+	inputs := append([]string{"2"}, without...)
+	if how != "" {
+		inputs = append(inputs, string(how))
+	}
+	return cached(name, inputs, func(l *Layout) (Image, error) {
 		var layers []Layer
 		for _, step := range awkwardLayers {
-			layer, err := l.AddLayer(step.how, step.name, step.fill)
+			if slices.Contains(without, step.name) {
+				continue
+			}
+			layer, err := l.AddLayer(cmp.Or(how, step.how), step.name, step.fill)
 			if err != nil {
 				return Image{}, err
 			}
@@ -61,7 +80,7 @@ func MakeAwkward() (Image, error) {
 		if err != nil {
 			return Image{}, err
 		}
-		return l.Finish("awkward:latest", manifest)
+		return l.Finish(name+":latest", manifest)
 	})
 }
 

@@ -1,4 +1,7 @@
-package fsck
+// Package pages reads the structure of a bbolt file without bbolt, which
+// panics, or goes round until memory ends, on one that is damaged. It changes
+// nothing.
+package pages
 
 import (
 	"bytes"
@@ -35,9 +38,9 @@ type pages struct {
 	seen []uint64
 }
 
-// walkPages reads a database's structure without bbolt. An error says what is
-// wrong with it.
-func walkPages(name string) error {
+// Walk reads every page that can be reached from the root. An error says what
+// is wrong. Nobody may write to the file meanwhile.
+func Walk(name string) error {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
