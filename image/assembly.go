@@ -205,7 +205,8 @@ func (a *assembly) abandon(err error) error {
 	a.barrier.Abandon()
 	if errors.Is(err, errdefs.ErrResourceExhausted) {
 		for _, d := range a.left {
-			if aerr := a.store.blobs.Abort(context.Background(), sharedRef(d)); !errors.Is(aerr, errdefs.ErrNotFound) {
+			aerr := a.store.blobs.Abort(context.Background(), sharedRef(d))
+			if !errors.Is(aerr, errdefs.ErrNotFound) && !errors.Is(aerr, errdefs.ErrPoisoned) {
 				err = errors.Join(err, aerr)
 			}
 		}

@@ -283,7 +283,7 @@ func says(text string, failed []faultcall.Change) bool {
 		if name == layout.TreeDir {
 			name = "layer" // the root of its tree
 		}
-		return strings.Contains(text, name) || strings.Contains(text, "Dockerfile:")
+		return strings.Contains(text, c.Path) || strings.Contains(text, name) || strings.Contains(text, "Dockerfile:")
 	})
 }
 
