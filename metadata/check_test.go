@@ -60,6 +60,36 @@ func TestSumsAreKept(t *testing.T) {
 	}
 }
 
+// Whatever shape bbolt gives its trees, the check finds nothing wrong with it.
+func TestTreesOfAnyShape(t *testing.T) {
+	db := newDB(t)
+	db.bolt.StrictMode = false // it takes longer than all the rest
+	r := rand.New(rand.NewPCG(2, 1))
+	for range treeRounds {
+		from, width := r.IntN(6000), 1+r.IntN(600)
+		remove := r.IntN(100)
+		doUpdate(t, db, func(tx *Tx) error {
+			for range r.IntN(400) {
+				i := from + r.IntN(width)
+				if r.IntN(100) < remove {
+					if err := tx.Blobs().Delete(digestOf(i)); err != nil {
+						return err
+					}
+					continue
+				}
+				rec := layout.BlobRecord{Labels: map[string]string{"pad": strings.Repeat("x", r.IntN(1<<r.IntN(13)))}}
+				if err := errors.Join(tx.Blobs().Put(digestOf(i), rec), tx.Link(damageEdge(i))); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		must(t, db.Check(t.Context()))
+	}
+}
+
+const treeRounds = 100
+
 // A store of the format before opens with everything, and has sums from then
 // on. The one in testdata was written by the last commit that had that format.
 func TestStoreWithoutSums(t *testing.T) {

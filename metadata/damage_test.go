@@ -112,8 +112,7 @@ func useDamaged(dir, whole string) (string, error) {
 			if !errdefs.Has(err) {
 				return wrong, fmt.Errorf("update: no kind: %w", err)
 			}
-			result = reported
-			break
+			return reported, fmt.Errorf("update: %.200s", strings.ReplaceAll(err.Error(), "\n", " "))
 		}
 		i += 50
 	}
@@ -296,7 +295,7 @@ func runDamage(t *testing.T, base string, next, step int, tally *testkit.Tally) 
 		}
 		open = false
 		tally.Add(kind, word[1])
-		if word[1] == wrong || word[1] == silent {
+		if word[1] == wrong || word[1] == silent || word[1] == reported {
 			t.Errorf("%s, page %s: %s: %s", kind, page, word[1], word[2])
 		}
 	}

@@ -189,11 +189,21 @@ func (c *pageChecker) depth(id uint64) (int, error) {
 	return 0, fmt.Errorf("page %d is more than %d deep", id, maxDepth)
 }
 
-// place is where in a tree a page stands: how deep, and between which keys its
-// own lie. No upper key means no bound.
+// place is where in a tree a page stands: how deep, and what keys it has. A
+// page's first key is the one that its parent has of it: bbolt finds a page in
+// its parent by that when it writes it, and writes a second one if it does not.
 type place struct {
-	depth       int
-	from, until []byte
+	depth        int
+	first, until []byte // nil: any
+}
+
+// holds tells whether a key may come behind another on this page; nil: behind
+// none.
+func (at place) holds(last, key []byte) bool {
+	if last == nil && at.first != nil && string(key) != string(at.first) || last != nil && string(key) <= string(last) {
+		return false
+	}
+	return at.until == nil || string(key) < string(at.until)
 }
 
 // walk checks the pages at and below id. leafDepth is where the leaves are, or
@@ -233,15 +243,17 @@ func (c *pageChecker) branch(p page, at place, leafDepth int, each func(entry) e
 	if p.count == 0 {
 		return fmt.Errorf("branch page %d is empty", p.id)
 	}
+	var last []byte
 	for i := range p.count {
 		child, key, err := branchElement(p, i)
-		below := place{depth: at.depth + 1, from: key, until: at.until}
+		below := place{depth: at.depth + 1, first: key, until: at.until}
 		if err == nil && i+1 < p.count {
 			_, below.until, err = branchElement(p, i+1)
 		}
-		if err == nil && (!at.holds(key) || i+1 < p.count && string(key) >= string(below.until)) {
+		if err == nil && !at.holds(last, key) {
 			err = fmt.Errorf("branch page %d: keys are not in order at element %d", p.id, i)
 		}
+		last = key
 		if err == nil {
 			err = c.walk(child, below, leafDepth, each)
 		}
@@ -261,7 +273,7 @@ func (p page) entries(at place, each func(entry) error) error {
 		if err != nil {
 			return err
 		}
-		if i > 0 && string(e.key) <= string(last) || !at.holds(e.key) {
+		if !at.holds(last, e.key) {
 			return fmt.Errorf("page %d: keys are not in order at element %d", p.id, i)
 		}
 		last = e.key
@@ -270,10 +282,6 @@ func (p page) entries(at place, each func(entry) error) error {
 		}
 	}
 	return nil
-}
-
-func (at place) holds(key []byte) bool {
-	return string(key) >= string(at.from) && (at.until == nil || string(key) < string(at.until))
 }
 
 // prefetch has the kernel read the children of a branch at once: one after the

@@ -129,11 +129,16 @@ func (p *pages) use(id uint64) error {
 	return nil
 }
 
-// keyRange is where the keys of a page have to lie to be found.
-type keyRange struct{ from, until []byte } // no until: to the end
+// keyRange is where the keys of a page have to lie to be found. The first is
+// from itself: that is how bbolt finds the page in its parent.
+type keyRange struct{ from, until []byte } // nil: any; to the end
 
-func (r keyRange) has(key []byte) bool {
-	return bytes.Compare(key, r.from) >= 0 && (r.until == nil || bytes.Compare(key, r.until) < 0)
+// has tells whether a page may have the key as its i-th.
+func (r keyRange) has(i int, key []byte) bool {
+	if i == 0 && r.from != nil && !bytes.Equal(key, r.from) {
+		return false
+	}
+	return r.until == nil || bytes.Compare(key, r.until) < 0
 }
 
 func (p *pages) tree(id uint64, keys keyRange) error {
@@ -162,7 +167,7 @@ func (p *pages) branch(id uint64, count int, data []byte, keys keyRange) error {
 		}
 		e := data[at:]
 		key, err := cut(e, binary.NativeEndian.Uint32(e), binary.NativeEndian.Uint32(e[4:]))
-		if err != nil || !keys.has(key) || i > 0 && bytes.Compare(starts[i-1], key) >= 0 {
+		if err != nil || !keys.has(i, key) || i > 0 && bytes.Compare(starts[i-1], key) >= 0 {
 			return fmt.Errorf("page %d, element %d: no key, or out of order", id, i)
 		}
 		children[i], starts[i] = binary.NativeEndian.Uint64(e[8:]), key
@@ -190,7 +195,7 @@ func (p *pages) leaf(id uint64, count int, data []byte, keys keyRange) error {
 		e := data[at:]
 		pos, ksize, vsize := binary.NativeEndian.Uint32(e[4:]), binary.NativeEndian.Uint32(e[8:]), binary.NativeEndian.Uint32(e[12:])
 		key, err := cut(e, pos, ksize)
-		if err != nil || !keys.has(key) || i > 0 && bytes.Compare(last, key) >= 0 {
+		if err != nil || !keys.has(i, key) || i > 0 && bytes.Compare(last, key) >= 0 {
 			return fmt.Errorf("page %d, element %d: no key, or out of order", id, i)
 		}
 		last = key
