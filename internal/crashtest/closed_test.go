@@ -67,7 +67,7 @@ func leftovers(root string) (wrong []string) {
 			wrong = append(wrong, fmt.Sprintf("an unfinished blob that no pull takes up: %s %s, %v", name, rec.Ref, err))
 		}
 	})
-	for _, dir := range []string{layout.TrashDir, layout.StagingDir, layout.VolumesDir} {
+	for _, dir := range []string{layout.TrashDir, layout.StagingDir, layout.VolumesDir, layout.QuarantineDir} {
 		each(root, dir, func(name string) { wrong = append(wrong, "left: "+dir+"/"+name) })
 	}
 	each(root, layout.CacheMountDir, func(name string) {
@@ -82,7 +82,7 @@ func leftovers(root string) (wrong []string) {
 	})
 	each(root, layout.ContainersDir, func(id string) {
 		each(root, layout.ContainersDir+"/"+id, func(name string) {
-			if !slices.Contains([]string{"config.json", "image.json", "exit.json", "lock", "rootfs"}, name) {
+			if !slices.Contains([]string{layout.ContainerConfig, layout.ContainerImage, layout.ContainerLock, "exit.json", "rootfs"}, name) {
 				wrong = append(wrong, "left of container "+id+": "+name)
 			}
 		})

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -159,6 +160,8 @@ func repertoire() []act {
 		{"rmi", (*machine).rmi},
 		{"run", (*machine).runAndKeep},
 		{"run --rm", (*machine).runAndRemove},
+		{"commit", (*machine).commit},
+		{"fsck --repair", look("fsck", "--repair")},
 		{"fsck", look("fsck")},
 		{"images", look("images")},
 		{"info", look("info")},
@@ -178,10 +181,11 @@ func (m *machine) builtName(c int) string {
 	return fmt.Sprintf("%s/built-%d-%d:1", m.remote, m.lane, c)
 }
 func (m *machine) loadedName(c int) string { return fmt.Sprintf("loaded-%d:1", c) }
+func (m *machine) commitName(c int) string { return fmt.Sprintf("committed-%d:1", c) }
 
 // own are all the names of a client that are images now.
 func (m *machine) own(c int) []string {
-	return m.told.present(append(append(m.pulled(c), m.tagged(c)...), m.builtName(c), m.loadedName(c)))
+	return m.told.present(append(append(m.pulled(c), m.tagged(c)...), m.builtName(c), m.loadedName(c), m.commitName(c)))
 }
 
 // one chooses from a list.
@@ -335,6 +339,19 @@ func (m *machine) container(stays bool) (order, bool) {
 
 func (m *machine) runAndKeep(int) (order, bool)   { return m.container(true) }
 func (m *machine) runAndRemove(int) (order, bool) { return m.container(false) }
+
+// commit makes an image of a container that has run.
+func (m *machine) commit(c int) (order, bool) {
+	var list []string
+	for name, is := range m.told.containers {
+		if slices.Equal(is, []string{ran}) {
+			list = append(list, name)
+		}
+	}
+	slices.Sort(list)
+	name, ok := m.one(list)
+	return order{args: []string{"commit", name, m.commitName(c)}, images: map[string]string{m.commitName(c): anyOf}}, ok
+}
 
 // look is a command that changes nothing.
 func look(args ...string) func(*machine, int) (order, bool) {
