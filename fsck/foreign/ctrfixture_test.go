@@ -122,10 +122,6 @@ func (r containerdRoot) tree(t *testing.T, layer int) string {
 	return filepath.Join(r.dir, "io.containerd.snapshotter.v1.overlayfs/snapshots", fmt.Sprint(id), "fs")
 }
 
-func (r containerdRoot) blob(layer int) string {
-	return filepath.Join(r.dir, "io.containerd.content.v1.content", blobAt(r.manifest.Layers[layer].Digest))
-}
-
 // jsonOf is for fixtures that are written by hand.
 func jsonOf(t *testing.T, v any) []byte {
 	t.Helper()

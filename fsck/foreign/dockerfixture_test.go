@@ -2,7 +2,6 @@ package foreign_test
 
 import (
 	"compress/gzip"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -94,11 +93,11 @@ func (r dockerRoot) layer(t *testing.T, i int, blob string, d ocispec.Descriptor
 	must(t, err)
 	defer split.Close()
 	gz := gzip.NewWriter(split)
-	stream, err := asm.NewInputTarStream(z, storage.NewJSONPacker(gz), nil)
+	stream, done, err := asm.NewInputTarStreamWithDone(z, storage.NewJSONPacker(gz), nil)
 	must(t, err, os.MkdirAll(r.tree(i), 0o755))
 	size, err := archive.Apply(t.Context(), r.tree(i), stream, archive.WithConvertWhiteout(archive.OverlayConvertWhiteout))
 	_, cerr := io.Copy(io.Discard, stream)
-	must(t, err, cerr, gz.Close())
+	must(t, err, cerr, <-done, gz.Close())
 	r.write(t, r.record(i, "size"), fmt.Sprint(size))
 }
 
@@ -125,14 +124,4 @@ func (r dockerRoot) container(t *testing.T, lower string) {
 	r.write(t, "image/overlay2/layerdb/mounts/"+id+"/parent", r.chains[len(r.chains)-1].String())
 	r.write(t, "containers/"+id+"/config.v2.json", "{}")
 	r.write(t, "containers/"+id+"/hostconfig.json", "{}")
-}
-
-// appendLine makes a record one that says something else.
-func appendTo(name, text string) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(text)
-	return errors.Join(err, f.Close())
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -78,6 +79,17 @@ func wantFindings(t *testing.T, report *foreign.Report, want ...finding) {
 	if report.ExitCode() != code {
 		t.Errorf("exit code %d, want %d", report.ExitCode(), code)
 	}
+}
+
+// copyOf copies a store, with all that its files are.
+func copyOf(t *testing.T, dir string) string {
+	t.Helper()
+	copied := filepath.Join(t.TempDir(), "copy")
+	out, err := exec.Command("cp", "-a", dir, copied).CombinedOutput()
+	if err != nil {
+		t.Fatalf("cp: %v: %s", err, out)
+	}
+	return copied
 }
 
 // Damages that are done by hand.

@@ -22,7 +22,7 @@ func write(text string) func(string) error {
 }
 
 func TestDamagedDockerRecords(t *testing.T) {
-	img := bitOfAll(t)
+	made := makeDocker(t, bitOfAll(t))
 	damage, loss, notice := layout.Damage, layout.Loss, layout.Notice
 	mount := "image/overlay2/layerdb/mounts/" + strings.Repeat("c", 64)
 	container := "containers/" + strings.Repeat("c", 64)
@@ -92,7 +92,8 @@ func TestDamagedDockerRecords(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := makeDocker(t, img)
+			r := made
+			r.dir = copyOf(t, made.dir)
 			must(t, c.do(r.path(c.at(r))))
 			want := []finding{{c.kind, c.is, c.at(r)}}
 			if c.want != nil {
@@ -166,7 +167,7 @@ func TestDockerInUserNamespace(t *testing.T) {
 }
 
 func TestDamagedContainerdRecords(t *testing.T) {
-	img := bitOfAll(t)
+	made := makeContainerd(t, bitOfAll(t))
 	damage, loss, notice := layout.Damage, layout.Loss, layout.Notice
 	const meta, snapshots = "io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.overlayfs/metadata.db"
 	const uuid = "io.containerd.grpc.v1.introspection/uuid"
@@ -213,7 +214,8 @@ func TestDamagedContainerdRecords(t *testing.T) {
 		{"a tree that nothing names", file("io.containerd.snapshotter.v1.overlayfs/snapshots/99"), func(n string) error { return os.Mkdir(n, 0o755) }, foreign.Extra, notice, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := makeContainerd(t, img)
+			r := made
+			r.dir = copyOf(t, made.dir)
 			want := []finding{{c.kind, c.is, c.at(r)}}
 			if c.more != nil {
 				want = append(want, c.more(r)...)
@@ -304,6 +306,7 @@ func TestContainerdNamespaces(t *testing.T) {
 // image can be run.
 func TestContainerdHasNotAll(t *testing.T) {
 	img := bitOfAll(t)
+	made := makeContainerd(t, img)
 	forget := func(blobs *bolt.Bucket, r containerdRoot, d string) error {
 		return errors.Join(blobs.DeleteBucket([]byte(d)), os.Remove(filepath.Join(r.dir, "io.containerd.content.v1.content/blobs/sha256", d[len("sha256:"):])))
 	}
@@ -345,7 +348,8 @@ func TestContainerdHasNotAll(t *testing.T) {
 		}, []finding{{foreign.Unchecked, layout.Notice, "meta.db"}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := makeContainerd(t, img)
+			r := made
+			r.dir = copyOf(t, made.dir)
 			r.change(t, func(n *bolt.Bucket) error { return c.do(r, n) })
 			wantFindings(t, check(t, foreign.Containerd, r.dir), c.want...)
 		})

@@ -161,12 +161,13 @@ var treeCases = []treeCase{
 	}, nil},
 }
 
-// testTrees does every damage to a store of its own.
-func testTrees(t *testing.T, engine foreign.Engine, fresh func(*testing.T) (root string, tree func(layer int) string)) {
+// testTrees does every damage to a copy of a store.
+func testTrees(t *testing.T, engine foreign.Engine, made string, tree func(layer int) string) {
 	for _, c := range treeCases {
 		t.Run(c.name, func(t *testing.T) {
-			root, tree := fresh(t)
-			must(t, c.damage(func(name string) string { return filepath.Join(tree(c.layer), name) }))
+			root := copyOf(t, made)
+			at := filepath.Join(root, strings.TrimPrefix(tree(c.layer), made))
+			must(t, c.damage(func(name string) string { return filepath.Join(at, name) }))
 			before := listed(t, root)
 			report := check(t, engine, root)
 			wantFindings(t, report, c.want...)
@@ -181,19 +182,13 @@ func testTrees(t *testing.T, engine foreign.Engine, fresh func(*testing.T) (root
 }
 
 func TestDamagedDockerTrees(t *testing.T) {
-	img := bitOfAll(t)
-	testTrees(t, foreign.Docker, func(t *testing.T) (string, func(int) string) {
-		r := makeDocker(t, img)
-		return r.dir, r.tree
-	})
+	r := makeDocker(t, bitOfAll(t))
+	testTrees(t, foreign.Docker, r.dir, r.tree)
 }
 
 func TestDamagedContainerdTrees(t *testing.T) {
-	img := bitOfAll(t)
-	testTrees(t, foreign.Containerd, func(t *testing.T) (string, func(int) string) {
-		r := makeContainerd(t, img)
-		return r.dir, func(layer int) string { return r.tree(t, layer) }
-	})
+	r := makeContainerd(t, bitOfAll(t))
+	testTrees(t, foreign.Containerd, r.dir, func(layer int) string { return r.tree(t, layer) })
 }
 
 // awkwardParts are what the engines' own unpackers take of the awkward image.

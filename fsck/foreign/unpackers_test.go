@@ -197,11 +197,12 @@ func FuzzTarSplit(f *testing.F) {
 		f.Fatal(err)
 	}
 	var record bytes.Buffer
-	stream, err := asm.NewInputTarStream(bytes.NewReader(layer), storage.NewJSONPacker(&record), nil)
+	stream, done, err := asm.NewInputTarStreamWithDone(bytes.NewReader(layer), storage.NewJSONPacker(&record), nil)
 	if err != nil {
 		f.Fatal(err)
 	}
-	if _, err := io.Copy(io.Discard, stream); err != nil {
+	_, err = io.Copy(io.Discard, stream)
+	if err = errors.Join(err, <-done); err != nil {
 		f.Fatal(err)
 	}
 	f.Add(record.Bytes())
