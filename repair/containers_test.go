@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -101,7 +100,7 @@ func TestRunningContainer(t *testing.T) {
 	if got := holder.ask(t, "md5sum <&7"); got != bad {
 		t.Errorf("a descriptor that was open reads something else: %s, %s", got, bad)
 	}
-	if now, err := os.ReadFile(filepath.Join(file)); err != nil || string(now) != string(good) {
+	if now, err := os.ReadFile(file); err != nil || string(now) != string(good) {
 		t.Errorf("the file: %v", err)
 	}
 }
