@@ -140,6 +140,12 @@ func (in *Ingest) takeUp(ctx context.Context, old layout.IngestRecord) (err erro
 	if err := in.file.Forget(); err != nil {
 		return err
 	}
+	switch filled, err := in.file.Filled(); {
+	case err != nil:
+		return err
+	case filled < in.file.Size():
+		return in.Truncate(ctx, filled)
+	}
 	return in.rehash(ctx)
 }
 

@@ -389,3 +389,30 @@ func TestPublicationThatFailsHalfWay(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+// A power cut may leave the length of an unfinished blob without its data: it is
+// gone on with behind what there is.
+func TestResumeBeforeAHole(t *testing.T) {
+	o := teststore.New(t)
+	in, err := o.Blobs.OpenIngest(t.Context(), "holed", "", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Write(bytes.Repeat([]byte("x"), 64<<10)); err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	data := o.Root.Path(filepath.Join(layout.IngestPath(layout.IngestFor("holed")), layout.IngestData))
+	if err := os.Truncate(data, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if in, err = o.Blobs.OpenIngest(t.Context(), "holed", "", 0); err != nil {
+		t.Fatal(err)
+	}
+	if in.Size() != 64<<10 {
+		t.Errorf("it goes on at %d", in.Size())
+	}
+	if err := in.Discard(); err != nil {
+		t.Error(err)
+	}
+}

@@ -76,6 +76,22 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) { return f.f.ReadAt(p, o
 // Size returns the number of bytes written so far.
 func (f *File) Size() int64 { return f.off }
 
+// Filled returns how many bytes from its start were written, up to the first
+// hole. A power cut may leave one in a file that was written in order: btrfs
+// keeps the length without the data that was not on disk yet.
+func (f *File) Filled() (int64, error) {
+	off, err := unix.Seek(int(f.f.Fd()), 0, unix.SEEK_HOLE)
+	switch {
+	case errors.Is(err, unix.ENXIO):
+		return 0, nil // empty
+	case errors.Is(err, unix.EINVAL):
+		return f.off, nil // a file system that knows no holes
+	case err != nil:
+		return 0, kinded("look for holes", err)
+	}
+	return min(off, f.off), nil
+}
+
 // Truncate cuts the file to size bytes; later writes go on from there.
 func (f *File) Truncate(size int64) error {
 	if err := f.root.Poisoned(); err != nil {
