@@ -68,8 +68,9 @@ func TestPlantedBugIsSeen(t *testing.T) {
 				if seen == "" {
 					t.Error("no cut shows that the calls are left out")
 				}
-				first, _, _ := strings.Cut(strings.ReplaceAll(seen, "\n", " "), ":")
-				tell(t, plantedTable, row{string(kind), calls, fmt.Sprintf("cut %d of %d: %s", o.tried, o.asked, first)})
+				_, what, _ := strings.Cut(seen, "\n  ")
+				what, _, _ = strings.Cut(what, "\n")
+				tell(t, plantedTable, row{string(kind), calls, fmt.Sprintf("cut %d of %d", o.tried, o.asked), fmt.Sprintf("%.80s", what)})
 			})
 		}
 	}
@@ -173,7 +174,7 @@ var powerCutTable = table{"power cuts", row{"file system", "image", "one run of 
 	"cuts: after a promise, after a flush, in between", "not flushed: none, some, all of it there", "stores that did not start", "wrong",
 	"used again, fetched at most", "time"}}
 
-var plantedTable = table{"planted bugs", row{"file system", "calls that do nothing", "seen at"}}
+var plantedTable = table{"planted bugs", row{"file system", "calls that do nothing", "seen at", "first thing wrong"}}
 
 // row is the outcome for a table.
 func (o *outcome) row() row {
