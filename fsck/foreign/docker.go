@@ -35,8 +35,6 @@ type dockerStore struct {
 	said map[digest.Digest]chainLink
 	// taken are the folders of trees that something names.
 	taken map[string]bool
-	// blind says that a record could not be read which names one.
-	blind bool
 	// shifted says that a user namespace lies between the owners in layers
 	// and those on disk.
 	shifted bool
@@ -185,11 +183,8 @@ func (d *dockerStore) compareLayers() error {
 // records of its own, names its otherwise.
 var ownTree = regexp.MustCompile(`^[0-9a-f]{64}(-init)?$`)
 
-// leftovers reports trees that nothing names.
+// leftovers reports trees that nothing names, or whose record cannot be read.
 func (d *dockerStore) leftovers() {
-	if d.blind {
-		return
-	}
 	names, _ := d.trees.list(".")
 	slices.Sort(names)
 	for _, name := range names {

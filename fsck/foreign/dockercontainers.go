@@ -64,7 +64,6 @@ func (d *dockerStore) container(id string) {
 			err = fmt.Errorf("%q is no folder's name", tree)
 		}
 		if err != nil {
-			d.blind = true
 			o.unreadable(path.Join(dockerRecords, file), err)
 			continue
 		}

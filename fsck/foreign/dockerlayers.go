@@ -74,13 +74,11 @@ func (d *dockerStore) loadLayers() error {
 	}
 	for chain, l := range d.layers {
 		if l.gone = !there[chain]; l.gone {
-			d.blind = true // its tree may be there
 			l.chainLink = d.said[chain]
 			l.found(Missing, place{path: l.file("")}, "layerdb does not have it")
 			continue
 		}
 		d.loadLayer(l)
-		d.blind = d.blind || l.cache == ""
 	}
 	for _, l := range d.layers {
 		if l.cache != "" {

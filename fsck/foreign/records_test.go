@@ -42,8 +42,12 @@ func TestDamagedDockerRecords(t *testing.T) {
 		{name: "config flipped", at: dockerRoot.config, do: flip, kind: foreign.Altered, is: damage},
 		{name: "diff emptied", at: of(1, "diff"), do: truncate, kind: foreign.Empty, is: damage},
 		{name: "diff no digest", at: of(1, "diff"), do: write("sha256:1"), kind: foreign.Record, is: damage},
-		{name: "cache-id emptied", at: of(1, "cache-id"), do: truncate, kind: foreign.Empty, is: damage},
-		{name: "cache-id elsewhere", at: of(1, "cache-id"), do: write("../../x"), kind: foreign.Record, is: damage},
+		{name: "cache-id emptied", at: of(1, "cache-id"), do: truncate, want: func(r dockerRoot) []finding {
+			return []finding{{foreign.Empty, damage, of(1, "cache-id")(r)}, {foreign.Extra, notice, r.cache(1)}}
+		}},
+		{name: "cache-id elsewhere", at: of(1, "cache-id"), do: write("../../x"), want: func(r dockerRoot) []finding {
+			return []finding{{foreign.Record, damage, of(1, "cache-id")(r)}, {foreign.Extra, notice, r.cache(1)}}
+		}},
 		{name: "parent removed", at: of(1, "parent"), do: os.Remove, kind: foreign.Missing, is: damage},
 		{name: "parent emptied", at: of(1, "parent"), do: truncate, kind: foreign.Empty, is: damage},
 		{name: "size emptied", at: of(0, "size"), do: truncate, kind: foreign.Empty, is: damage},
@@ -51,7 +55,9 @@ func TestDamagedDockerRecords(t *testing.T) {
 		{name: "link emptied", at: in("overlay2/" + dockerRoot{}.cache(0) + "/link"), do: truncate, kind: foreign.Empty, is: damage},
 		{name: "lower emptied", at: in("overlay2/" + dockerRoot{}.cache(1) + "/lower"), do: truncate, kind: foreign.Empty, is: damage},
 		{name: "lower too long", at: in("overlay2/" + dockerRoot{}.cache(1) + "/lower"), do: write("l/a:l/b"), kind: foreign.Record, is: damage},
-		{name: "mount-id emptied", at: in(mount + "/mount-id"), do: truncate, kind: foreign.Empty, is: loss},
+		{name: "mount-id emptied", at: in(mount + "/mount-id"), do: truncate, want: func(dockerRoot) []finding {
+			return []finding{{foreign.Empty, loss, mount + "/mount-id"}, {foreign.Extra, notice, "overlay2/" + strings.Repeat("d", 64)}}
+		}},
 		{name: "mount's parent no digest", at: in(mount + "/parent"), do: write("x"), kind: foreign.Record, is: loss},
 		{name: "container's config emptied", at: in(container + "/config.v2.json"), do: truncate, kind: foreign.Empty, is: loss},
 		{name: "container's config removed", at: in(container + "/config.v2.json"), do: os.Remove, kind: foreign.Missing, is: loss},
@@ -79,7 +85,7 @@ func TestDamagedDockerRecords(t *testing.T) {
 			return out
 		}},
 		{name: "layer removed", at: of(1, ""), do: os.RemoveAll, want: func(r dockerRoot) []finding {
-			return []finding{{foreign.Missing, damage, r.chains[1].Encoded()}, {foreign.Missing, damage, mount + "/parent"}}
+			return []finding{{foreign.Missing, damage, r.chains[1].Encoded()}, {foreign.Missing, damage, mount + "/parent"}, {foreign.Extra, notice, r.cache(1)}}
 		}},
 		{name: "diff of another layer", at: of(1, "diff"), do: write("sha256:" + strings.Repeat("a", 64)), want: func(r dockerRoot) []finding {
 			return []finding{{foreign.Record, damage, r.chains[1].Encoded()}}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -75,8 +76,20 @@ func NewRig(dir string) (*Rig, error) {
 	return &Rig{dir: dir, server: s}, nil
 }
 
-// Close ends the serving. Everything has to be unmounted.
-func (r *Rig) Close() error { return r.server.fuse.Unmount() }
+// closeTimeout is how long what a worker has started may take to end with it.
+const closeTimeout = 10 * time.Second
+
+// Close ends the serving. Everything has to be unmounted. A process that ends
+// later than its worker keeps the worker's mounts until then, and with them
+// the loop devices.
+func (r *Rig) Close() error {
+	for deadline := time.Now().Add(closeTimeout); ; time.Sleep(100 * time.Millisecond) {
+		err := r.server.fuse.Unmount()
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
 
 // Format returns a disk of size bytes with an empty file system of the kind.
 func (r *Rig) Format(kind FileSystem, size int64) (*Disk, error) {
