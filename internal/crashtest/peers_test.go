@@ -64,7 +64,7 @@ var peers = []peer{
 		daemon: func(dir, state string) *exec.Cmd {
 			return exec.Command("dockerd", "--data-root", filepath.Join(dir, "docker"), "--exec-root", filepath.Join(state, "docker"),
 				"--pidfile", filepath.Join(state, "pid"), "-H", "unix://"+filepath.Join(state, "sock"),
-				"--storage-driver", "overlay2", "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
+				"--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
 		},
 		client: func(state string, args ...string) *exec.Cmd {
 			return exec.Command("docker", append([]string{"-H", "unix://" + filepath.Join(state, "sock")}, args...)...)
