@@ -105,7 +105,15 @@ func (p place) killed(t *testing.T, w powercut.Worker, what string) (killed bool
 		t.Fatalf("%s: %v", what, err)
 	}
 	known = factsOf(lines)
-	wrong := append(p.judge(dir, ledgerOf(marks), known, true).wrong, p.remains()...)
+	wrong := p.judge(dir, ledgerOf(marks), known, true).wrong
+	left := p.remains()
+	if len(left) > 0 {
+		// A step that was still dying when the store was opened keeps its
+		// scratch folder until the next opening.
+		wrong = append(wrong, p.judge(dir, ledger{}, facts{}, false).wrong...)
+		left = p.remains()
+	}
+	wrong = append(wrong, left...)
 	if len(wrong) > 0 {
 		t.Errorf("%s, after %q:\n  %s", what, marks[max(0, len(marks)-2):], strings.Join(wrong, "\n  "))
 	}
