@@ -99,8 +99,8 @@ const (
 // QuarantinePath is the directory of one repair; see [QuarantineNote].
 func QuarantinePath(id string) string { return path.Join(QuarantineDir, id) }
 
-// QuarantineNote, in a repair's directory, says what was found where: a
-// [QuarantineRecord].
+// QuarantineNote is the file in a repair's directory that says what was found
+// where: a [QuarantineRecord].
 const QuarantineNote = "note.json"
 
 // CacheMountPath is where a cache mount stands. While it is filled with what it

@@ -78,9 +78,9 @@ func (s *stack) mount() {
 	s.t.Cleanup(func() { must(s.t, unix.Unmount(s.dir+"/seen", 0)) })
 }
 
-func (s *stack) exchange(name string) {
+func (s *stack) exchange() {
 	s.t.Helper()
-	must(s.t, unix.Renameat2(unix.AT_FDCWD, s.aside+name, unix.AT_FDCWD, s.low+name, unix.RENAME_EXCHANGE))
+	must(s.t, unix.Renameat2(unix.AT_FDCWD, s.aside+"/f", unix.AT_FDCWD, s.low+"/f", unix.RENAME_EXCHANGE))
 }
 
 func (s *stack) wants(what string, want []byte) {
@@ -113,7 +113,7 @@ func TestExchangedFile(t *testing.T) {
 	onEach(t, func(t *testing.T, s *stack) {
 		s.mount()
 		s.wants("before", bad)
-		s.exchange("/f")
+		s.exchange()
 		s.wants("a cached name", bad)
 		letGo(t, s.dir+"/seen")
 		s.wants("let go", good)
@@ -121,7 +121,7 @@ func TestExchangedFile(t *testing.T) {
 		must(t, err)
 		m, err := unix.Mmap(int(held.Fd()), 0, len(good), unix.PROT_READ, unix.MAP_PRIVATE)
 		must(t, err)
-		s.exchange("/f")
+		s.exchange()
 		letGo(t, s.dir+"/seen")
 		s.wants("held", good)
 		buf := make([]byte, len(good))
@@ -169,7 +169,7 @@ func TestCopyUp(t *testing.T) {
 			_, err := os.Stat(s.seen + name)
 			must(t, err)
 		}
-		s.exchange("/f")
+		s.exchange()
 		must(t, os.Rename(s.aside+"/g", s.low+"/g")) // the bad one is unlinked
 		origin := make([]byte, 256)
 		for _, name := range []string{"/f", "/g"} {
@@ -196,7 +196,7 @@ func TestHolders(t *testing.T) {
 		must(t, err)
 		m, err := unix.Mmap(int(held.Fd()), 0, page, unix.PROT_READ, unix.MAP_PRIVATE)
 		must(t, err)
-		s.exchange("/f")
+		s.exchange()
 		maps := fmt.Sprintf("/proc/self/map_files/%x-%x", &m[0], uintptr(unsafe.Pointer(&m[0]))+page)
 		for _, path := range []string{fmt.Sprintf("/proc/self/fd/%d", held.Fd()), strings.Replace(maps, "0x", "", 1)} {
 			if got, want := handle(t, path, unix.AT_SYMLINK_FOLLOW|handleFID), handle(t, s.aside+"/f", 0); !bytes.HasSuffix(got, want) {
@@ -279,7 +279,7 @@ func TestOtherNamespace(t *testing.T) {
 		}
 		s.seen = fmt.Sprintf("/proc/%d/cwd/d", c.Process.Pid)
 		s.wants("before", bad)
-		s.exchange("/f")
+		s.exchange()
 		s.wants("a cached name", bad)
 		letGo(t, filepath.Dir(s.seen))
 		s.wants("let go", good)

@@ -141,7 +141,7 @@ func (c campaign) run(t *testing.T, skip string, n int, fault func(string) bool)
 				}
 				cut := o.cuts[i]
 				marks := rec.Marks(cut.At)
-				found := c.aftermath(t, images.Image(cut), ledgerOf(marks), known, i%againEvery == againEvery-1)
+				found := c.aftermath(images.Image(cut), ledgerOf(marks), known, i%againEvery == againEvery-1)
 				mu.Lock()
 				if o.add(found); len(found.wrong) > 0 && !stop {
 					stop = !fault(fmt.Sprintf("%s, after %q:\n  %s", cut, marks[max(0, len(marks)-1):], strings.Join(found.wrong, "\n  ")))
@@ -196,7 +196,7 @@ func (o *outcome) row() row {
 }
 
 // aftermath starts the machine again, so to speak.
-func (c campaign) aftermath(t *testing.T, disk *powercut.Disk, told ledger, known facts, again bool) found {
+func (c campaign) aftermath(disk *powercut.Disk, told ledger, known facts, again bool) found {
 	m, err := c.rig.Mount(c.kind, disk)
 	if err != nil {
 		return found{wrong: []string{err.Error()}}
