@@ -55,7 +55,7 @@ func (db *DB) inTurn(ctx context.Context, fn func(*Tx) error) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-db.closing:
-		return fmt.Errorf("the store is being closed: %w", errdefs.ErrUnavailable)
+		return errClosed
 	case <-db.broken.came:
 		return db.broken.get()
 	}

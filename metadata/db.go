@@ -11,6 +11,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
 	"varve.dev/durable"
@@ -20,6 +21,9 @@ import (
 
 // ErrLocked says that another process has the store open.
 var ErrLocked = fmt.Errorf("the store is open in another process: %w", errdefs.ErrUnavailable)
+
+// errClosed is the error of whatever comes after Close.
+var errClosed = fmt.Errorf("the store is being closed: %w", errdefs.ErrUnavailable)
 
 // DB is the open database of one store. One process at a time has it open.
 type DB struct {
@@ -282,6 +286,9 @@ func (db *DB) guard(transaction func() error) error {
 	if err != nil {
 		db.broken.set(err)
 		return err
+	}
+	if errors.Is(ran, berrors.ErrDatabaseNotOpen) {
+		return errClosed
 	}
 	return ran
 }
