@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt harduse clean
 
 all: build
 
@@ -90,6 +90,15 @@ barrier: deps
 dbdamage: deps
 	CASES=$(or $(CASES),100000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestDamagedDatabase|WhileOpen|LogLost|NobodysData' ./internal/crashtest
 	VARVE_ALL_DAMAGE=1 $(GOTEST) -count=1 -timeout 1h -v -run TestEveryDamagedPage ./metadata
+
+# A store damaged in every way, SEEDS times each; KIND: in that one, SEED: from
+# that seed on. Writes the tables of docs/FSCK.md.
+corrupt: deps
+	SEEDS=$(or $(SEEDS),50) SEED=$(SEED) KIND='$(KIND)' VARVE_RECORD=$(if $(KIND),,1) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestEveryDamageIsFound ./internal/corrupttest
+
+# STORES stores after hard use, in which a check finds nothing.
+harduse: deps
+	STORES=$(or $(STORES),50) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestHardUse ./internal/corrupttest
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps

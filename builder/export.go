@@ -2,6 +2,7 @@ package builder
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -177,7 +178,7 @@ func (x *export) reuse(ctx context.Context, layers []*exported) error {
 		var nodes []layout.Node
 		for _, l := range layers {
 			if l.desc.Digest == "" && l.record.Export != nil {
-				l.desc, l.diffID = *l.record.Export, digest.Digest(l.record.DiffID)
+				l.desc, l.diffID = *l.record.Export, digest.Digest(cmp.Or(l.record.ExportDiffID, l.record.DiffID))
 			}
 			d := layout.BlobDigest(l.desc.Digest)
 			if l.desc.Digest == "" || !tx.Blobs().Has(d) {
@@ -365,7 +366,8 @@ func (x *export) document(ctx context.Context, data []byte) (layout.BlobMove, er
 }
 
 // remember notes in the layers' records what they were written as, for the
-// next export.
+// next export. A layer that was pulled keeps its DiffID, which images and the
+// index know it by.
 func (x *export) remember(layers []*exported) error {
 	return x.s.b.DB.Update(context.Background(), func(tx *metadata.Tx) error {
 		for _, l := range layers {
@@ -379,8 +381,15 @@ func (x *export) remember(layers []*exported) error {
 			if err != nil {
 				return err
 			}
-			desc := l.desc
-			rec.Export, rec.DiffID = &desc, layout.DiffID(l.diffID)
+			desc, diff := l.desc, layout.DiffID(l.diffID)
+			rec.Export, rec.ExportDiffID = &desc, ""
+			switch rec.DiffID {
+			case "":
+				rec.DiffID = diff
+			case diff:
+			default:
+				rec.ExportDiffID = diff
+			}
 			if err := tx.PutLayer(l.id, rec); err != nil {
 				return err
 			}

@@ -16,6 +16,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/fsck"
 	"varve.dev/image"
 	"varve.dev/internal/version"
 	"varve.dev/journal"
@@ -32,6 +33,9 @@ type Options struct {
 	Root     string // the store's directory, made if it is not there
 	State    string // for sockets
 	Embedded bool   // in a command, not in a daemon
+	// Look has the closed store looked at before it is opened, which may
+	// make good what [Engine.Fsck] is to tell of.
+	Look bool
 	// Opened is told of the store's parts when it is open. For tests that
 	// watch what a store does to its disk; may be nil.
 	Opened func(*durable.Root, *metadata.DB)
@@ -52,6 +56,7 @@ type Engine struct {
 	repairer   *repair.Repairer
 	scratch    *scratch
 	found      journal.Recovery
+	looked     *fsck.Report // before the opening; nil without Options.Look
 }
 
 var _ varve.Backend = (*Engine)(nil)
@@ -69,6 +74,9 @@ func Open(ctx context.Context, options Options) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{options: options, root: root}
+	if options.Look {
+		e.looked = look(ctx, root.Path("."))
+	}
 	if err := e.open(ctx); err != nil {
 		return nil, errors.Join(err, e.closeParts())
 	}
@@ -145,6 +153,14 @@ func (e *Engine) Rebuilt() []string {
 	return nil
 }
 
+// lost is what the database had that this opening made again, and has no more.
+func (e *Engine) lost() []string {
+	if rec := e.db.Rebuilt(); rec != nil {
+		return rec.Lost
+	}
+	return nil
+}
+
 // tellRebuilt leaves out of what was kept the files that are gone by now.
 func (e *Engine) tellRebuilt(rec layout.RebuiltRecord) []string {
 	why, _, _ := strings.Cut(rec.Why, "\n") // a stack may follow
@@ -189,6 +205,9 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 func (e *Engine) tellFound(kept []string) (lines []string) {
 	for _, purpose := range e.found.Finished {
 		lines = append(lines, "finished: "+purpose)
+	}
+	for _, why := range e.found.GivenUp {
+		lines = append(lines, "given up: "+why)
 	}
 	for _, dir := range e.found.Adopted {
 		if !slices.Contains(kept, dir) {

@@ -28,7 +28,6 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 	if err != nil {
 		return varve.FsckReport{}, err
 	}
-	var text strings.Builder
 	var plan *repair.Plan
 	if req.Plan || req.Repair {
 		if plan, err = e.repairer.Plan(ctx, report, repositories{req.Registry}); err != nil {
@@ -43,7 +42,20 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 			return varve.FsckReport{}, err
 		}
 	}
-	out := varve.FsckReport{ExitCode: report.ExitCode()}
+	if e.looked == nil {
+		return reportOf(report, plan, report.ExitCode())
+	}
+	report.AddLost(e.lost())
+	code := report.ExitCode()
+	report.AddBefore(e.looked)
+	if !req.Repair { // what opening has healed is as good as repaired
+		code = report.ExitCode()
+	}
+	return reportOf(report, plan, code)
+}
+
+func reportOf(report *fsck.Report, plan *repair.Plan, code int) (out varve.FsckReport, err error) {
+	var text strings.Builder
 	if out.Report, err = json.Marshal(report); err == nil && plan != nil {
 		plan.WriteText(&text)
 		out.Plan, err = json.Marshal(plan)
@@ -52,7 +64,7 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 		return varve.FsckReport{}, fmt.Errorf("fsck: %w: %w", err, errdefs.ErrInternal)
 	}
 	report.WriteText(&text)
-	out.Text = text.String()
+	out.Text, out.ExitCode = text.String(), code
 	return out, nil
 }
 
@@ -63,22 +75,9 @@ func (e *Engine) check(ctx context.Context, req varve.FsckRequest, progress func
 	if err := e.db.Check(ctx); err != nil {
 		return nil, err
 	}
-	options := fsck.Options{
-		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(),
-	}
-	if progress != nil {
-		var mu sync.Mutex
-		var last time.Time
-		options.Progress = func(done, total int64) {
-			mu.Lock()
-			defer mu.Unlock()
-			if now := time.Now(); now.Sub(last) > fsckEvery {
-				last = now
-				progress(varve.Event{ID: "fsck", Name: "store", Phase: varve.Checking, Current: done, Total: total})
-			}
-		}
-	}
-	return fsck.Run(ctx, options)
+	return fsck.Run(ctx, fsck.Options{
+		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(), Progress: slowly(progress),
+	})
 }
 
 func forwardRepairs(progress func(varve.Event)) func(*repair.Step) {
@@ -113,4 +112,40 @@ func (r repositories) Open(ctx context.Context, repository string, desc ocispec.
 		return nil, err
 	}
 	return repo.Open(ctx, desc, offset), nil
+}
+
+// look checks what opening a store may change, in seconds at most. A store that
+// cannot be looked at cannot be opened either, and that is said then.
+func look(ctx context.Context, root string) *fsck.Report {
+	report, err := fsck.Run(ctx, fsck.Options{Root: root, Level: layout.Quick, With: []string{"M4"}})
+	if err != nil {
+		return nil
+	}
+	return report
+}
+
+// CheckClosed checks a store that cannot be opened. Errors as fsck.Run.
+func CheckClosed(ctx context.Context, root string, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
+	report, err := fsck.Run(ctx, fsck.Options{Root: root, Level: layout.Level(req.Level), Progress: slowly(progress)})
+	if err != nil {
+		return varve.FsckReport{}, err
+	}
+	return reportOf(report, nil, report.ExitCode())
+}
+
+// slowly makes an event of a check's progress from time to time.
+func slowly(progress func(varve.Event)) func(done, total int64) {
+	if progress == nil {
+		return nil
+	}
+	var mu sync.Mutex
+	var last time.Time
+	return func(done, total int64) {
+		mu.Lock()
+		defer mu.Unlock()
+		if now := time.Now(); now.Sub(last) > fsckEvery {
+			last = now
+			progress(varve.Event{ID: "fsck", Name: "store", Phase: varve.Checking, Current: done, Total: total})
+		}
+	}
 }

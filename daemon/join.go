@@ -22,6 +22,8 @@ type Place struct {
 	// Host is the socket of a daemon to use, "unix:///path"; empty: the
 	// daemon's usual one if it serves Root, otherwise embedded.
 	Host string
+	// Look: see Options.
+	Look bool
 }
 
 // DaemonSocket is the name of a daemon's socket under State.
@@ -119,7 +121,7 @@ func tryJoin(ctx context.Context, socket, root string) *Joined {
 
 // openEmbedded opens the store in this process and serves it.
 func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
-	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true}, nil)
+	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true, Look: p.Look}, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -6,12 +6,10 @@ import (
 	"errors"
 	"io"
 	"io/fs"
-	"os"
 	"path"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"varve.dev/fsck/reach"
 	"varve.dev/layout"
@@ -22,7 +20,7 @@ func blobObject(d layout.BlobDigest) string { return "blob " + string(d) }
 // blobFile is what stands where a recorded blob should. Only regular files
 // are of interest to more than B1.
 func (c *checker) blobFile(d layout.BlobDigest) (fi fs.FileInfo, err error) {
-	fi, err = os.Lstat(c.path(layout.BlobPath(d)))
+	fi, err = reach.Stat(c.fd(), layout.BlobPath(d))
 	if err == nil && !fi.Mode().IsRegular() {
 		return fi, reach.ErrNotRegular
 	}
@@ -34,7 +32,7 @@ func (c *checker) blobStands(f found) {
 	for d := range c.rec.blobs {
 		fi, err := c.blobFile(d)
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
+		case reach.Missing(err):
 			f(blobObject(d), layout.BlobPath(d), "the file is missing")
 		case errors.Is(err, reach.ErrNotRegular):
 			f(blobObject(d), layout.BlobPath(d), "it is no regular file but %v", fi.Mode().Type())
@@ -55,10 +53,9 @@ func (c *checker) blobSize(f found) {
 
 // blobMode: B5.
 func (c *checker) blobMode(f found) {
-	const special = fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
 	for d := range c.rec.blobs {
-		if fi, err := c.blobFile(d); err == nil && fi.Mode()&(fs.ModePerm|special) != 0o444 {
-			f(blobObject(d), layout.BlobPath(d), "mode %v", fi.Mode())
+		if fi, err := c.blobFile(d); err == nil && (permissions(fi) != 0o444 || owner(fi) != 0) {
+			f(blobObject(d), layout.BlobPath(d), "mode %v, user %d", fi.Mode(), owner(fi))
 		}
 	}
 }
@@ -89,7 +86,7 @@ func (c *checker) blobNamed(f found) {
 			rel := path.Join(dir, e.Name())
 			d := layout.BlobDigest(string(layout.Algorithm) + ":" + e.Name())
 			recorded := blobKey(string(d)) == nil && layout.BlobPath(d) == rel && c.exists(layout.BlobNode(d))
-			if !recorded && !under[rel] && !(e.IsDir() && shards[rel]) {
+			if !recorded && !under[rel] && !shards[rel] {
 				f("entry "+printable(e.Name()), rel, "nothing names it")
 			}
 		}
@@ -122,7 +119,7 @@ func (c *checker) digestOf(d layout.BlobDigest, f found) {
 	if c.ctx.Err() != nil || !c.intact(d) {
 		return
 	}
-	sum, err := c.hash(unix.AT_FDCWD, c.path(layout.BlobPath(d)))
+	sum, err := c.hash(c.fd(), layout.BlobPath(d))
 	switch {
 	case errors.Is(err, fs.ErrNotExist), c.ctx.Err() != nil: // removed since
 	case err != nil:
@@ -158,9 +155,14 @@ func (c *checker) hash(dirfd int, name string) (sum string, err error) {
 	}
 }
 
-// readBlob reads a blob of a bounded size whole.
+// errNotItsBytes means that a blob has other bytes than its digest's, which a
+// deep check says by B3.
+var errNotItsBytes = errors.New("its bytes do not have its digest")
+
+// readBlob reads a blob of a bounded size whole. What it says is true only if
+// the bytes are the right ones, and of wrong ones nothing follows.
 func (c *checker) readBlob(d layout.BlobDigest, limit int64) ([]byte, error) {
-	file, err := reach.Regular(unix.AT_FDCWD, c.path(layout.BlobPath(d)))
+	file, err := reach.Regular(c.fd(), layout.BlobPath(d))
 	if err != nil {
 		return nil, err
 	}
@@ -168,6 +170,9 @@ func (c *checker) readBlob(d layout.BlobDigest, limit int64) ([]byte, error) {
 	data, err := io.ReadAll(io.LimitReader(file, limit+1))
 	if err == nil && int64(len(data)) > limit {
 		err = errors.New("it is longer than anything of its kind")
+	}
+	if sum := sha256.Sum256(data); err == nil && hex.EncodeToString(sum[:]) != d.Hex() {
+		err = errNotItsBytes
 	}
 	return data, err
 }

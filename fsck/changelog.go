@@ -3,11 +3,11 @@ package fsck
 import (
 	"bufio"
 	"errors"
+	"io"
 	"io/fs"
 	"strings"
 
 	bolt "go.etcd.io/bbolt"
-	"golang.org/x/sys/unix"
 
 	"varve.dev/fsck/reach"
 	"varve.dev/layout"
@@ -73,7 +73,7 @@ func (c *checker) changeLog(f found) {
 // replay reads the log as far as the database had got when it was read, up to
 // a last line that is not whole.
 func (c *checker) replay(said map[string]string, f found) (seq uint64, ok bool) {
-	file, err := reach.Regular(unix.AT_FDCWD, c.path(layout.LogFile))
+	file, err := reach.Regular(c.fd(), layout.LogFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		f("change log", layout.LogFile, "it is missing")
 		return 0, false
@@ -85,9 +85,13 @@ func (c *checker) replay(said map[string]string, f found) (seq uint64, ok bool) 
 	defer file.Close()
 	lines := bufio.NewReader(file)
 	for n := 1; ; n++ {
-		line, err := lines.ReadBytes('\n')
-		if err != nil {
+		line, err := layout.ReadLine(lines)
+		if errors.Is(err, io.EOF) {
 			return seq, true // the end, or a line being written
+		}
+		if err != nil {
+			f("change log", layout.LogFile, "line %d: %v", n, err)
+			return 0, false
 		}
 		change, err := layout.DecodeLine(line)
 		switch {

@@ -55,4 +55,5 @@ var checks = map[string]func(*checker, found){
 	"C2": (*checker).containerNamed,
 	"K1": (*checker).cacheRecord,
 	"R1": (*checker).rootNames,
+	"R2": (*checker).formatStands,
 }

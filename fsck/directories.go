@@ -4,19 +4,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"varve.dev/errdefs"
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
 // dirs are the names that were listed, by directory.
-type dirs map[string][]os.DirEntry
+type dirs map[string][]fs.DirEntry
 
 // list reads every directory of the store but what is below the ones that
 // stand for a layer, a container and so on.
@@ -27,10 +26,10 @@ func (c *checker) list() (dirs, error) {
 		names = append(names, d.Path)
 	}
 	for _, name := range names {
-		entries, err := os.ReadDir(c.path(name))
+		entries, err := c.readDir(name)
 		switch {
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR):
-			continue // what should be in it is missing, and found to be
+		case reach.Missing(err):
+			continue // R2, and what should be in it is missing
 		case err != nil:
 			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 		}
@@ -39,14 +38,29 @@ func (c *checker) list() (dirs, error) {
 	return out, nil
 }
 
+// fd is the store's directory.
+func (c *checker) fd() int { return int(c.root.Fd()) }
+
+// readDir lists a directory in order.
+func (c *checker) readDir(rel string) ([]fs.DirEntry, error) {
+	d, err := reach.Dir(c.fd(), rel)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	list, err := d.ReadDir(-1)
+	slices.SortFunc(list, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	return list, err
+}
+
 // isDir tells whether there is a directory; links are not followed.
 func (c *checker) isDir(rel string) bool {
-	fi, err := os.Lstat(c.path(rel))
+	fi, err := reach.Stat(c.fd(), rel)
 	return err == nil && fi.IsDir()
 }
 
 func (c *checker) gone(rel string) bool {
-	_, err := os.Lstat(c.path(rel))
+	_, err := reach.Stat(c.fd(), rel)
 	return errors.Is(err, fs.ErrNotExist)
 }
 
@@ -68,7 +82,7 @@ func (c *checker) underWay() map[string]bool {
 	if c.online() {
 		for e := range c.rec.edges {
 			if temporary(e.Parent) {
-				out[nodePath(e.Child)] = true
+				out[layout.NodePath(e.Child)] = true
 			}
 		}
 	}
@@ -89,23 +103,6 @@ func staged(rel string) string {
 func temporary(n layout.Node) bool {
 	kind, _ := n.Split()
 	return kind == layout.KindLease || kind == layout.KindIntent
-}
-
-// nodePath is where the files of a node stand, or "".
-func nodePath(n layout.Node) string {
-	switch kind, id := n.Split(); kind {
-	case layout.KindBlob:
-		if blobKey(id) == nil {
-			return layout.BlobPath(layout.BlobDigest(id))
-		}
-	case layout.KindLayer:
-		return layout.LayerPath(layout.LayerID(id))
-	case layout.KindActive:
-		return layout.ActivePath(layout.LayerID(id))
-	case layout.KindContainer:
-		return layout.ContainerPath(layout.ContainerID(id))
-	}
-	return ""
 }
 
 // The temporaryPrefix begins files whose writer has not given them their name
@@ -132,6 +129,55 @@ func (c *checker) rootNames(f found) {
 	}
 }
 
+// formatStands: R2. Of what is below a directory that is not there nothing is
+// said.
+func (c *checker) formatStands(f found) {
+	bad := map[string]bool{}
+	for _, d := range layout.Dirs() {
+		if bad[path.Dir(d.Path)] {
+			bad[d.Path] = true
+			continue
+		}
+		fi, err := reach.Stat(c.fd(), d.Path)
+		switch {
+		case err != nil:
+			f("store", d.Path, "it is missing: %v", err)
+			bad[d.Path] = true
+		case !fi.IsDir():
+			f("store", d.Path, "it is no directory but %v", fi.Mode().Type())
+			bad[d.Path] = true
+		default:
+			c.attributes(f, d.Path, fi, fs.FileMode(d.Perm))
+		}
+	}
+	for _, name := range []string{layout.DatabaseFile, layout.LogFile} {
+		fi, err := reach.Stat(c.fd(), name)
+		switch {
+		case err != nil: // M2, M4
+		case fi.Mode().IsRegular():
+			c.attributes(f, name, fi, 0o600)
+		case name == layout.DatabaseFile && c.online(): // closed: M2
+			f("store", name, "it is no regular file but %v", fi.Mode().Type())
+		}
+	}
+}
+
+func (c *checker) attributes(f found, rel string, fi fs.FileInfo, want fs.FileMode) {
+	if got := permissions(fi); got != want {
+		f("store", rel, "mode %v, must be %v", got, want)
+	}
+	if uid := owner(fi); uid != 0 {
+		f("store", rel, "it belongs to user %d", uid)
+	}
+}
+
+// permissions are the bits that chmod sets.
+func permissions(fi fs.FileInfo) fs.FileMode {
+	return fi.Mode() & (fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky)
+}
+
+func owner(fi fs.FileInfo) uint32 { return fi.Sys().(*syscall.Stat_t).Uid }
+
 // unnamed reports the entries of a directory that neither a record nor an
 // operation under way names.
 func (c *checker) unnamed(f found, dir string, recorded func(name string) bool) {
@@ -140,6 +186,19 @@ func (c *checker) unnamed(f found, dir string, recorded func(name string) bool) 
 		rel := path.Join(dir, e.Name())
 		if !recorded(e.Name()) && !under[rel] {
 			f("entry "+printable(e.Name()), rel, "nothing names it")
+		}
+	}
+}
+
+// strangers reports what a directory holds beside the names that it may.
+func (c *checker) strangers(f found, rel string, may ...string) {
+	list, err := c.readDir(rel)
+	if err != nil {
+		return // that it is missing is another invariant's
+	}
+	for _, e := range list {
+		if !slices.Contains(may, e.Name()) {
+			f("entry "+printable(e.Name()), path.Join(rel, e.Name()), "it has no place beside %s", strings.Join(may, " and "))
 		}
 	}
 }

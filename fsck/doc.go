@@ -6,7 +6,8 @@
 // layout and nothing else, and reads the database, the directories and the
 // file manifests (a continuity Manifest message) with code of its own.
 //
-// Offline it opens varve.db read-only, and walks its pages before bbolt does.
+// Offline it opens varve.db read-only, walks its pages before bbolt does, and
+// keeps the store closed to others until it is done.
 // Online it is given the open database and holds no lock while it reads. It
 // lists directories before it reads records, looks a second time at whatever
 // it found, and reports what it saw twice; what an open intent, a sweep or a
@@ -14,10 +15,12 @@
 //
 // A database that damage makes panic or fault is a finding, never a crash.
 // What one check has found another does not say again: a blob whose file is
-// missing (B1) has no size (B2), digest (B3) or contents (L3) to be wrong.
+// missing (B1) has no size (B2), digest (B3) or contents (L3) to be wrong, and
+// from one whose bytes are not its digest's (B3) nothing is concluded.
 //
-// A layer's files are reached through the open directory they stand in, links
-// are never followed, and nothing is opened but regular files.
+// Files are reached through the open directory of the store or tree that they
+// stand in, links are never followed, on the way neither, and nothing is opened
+// but regular files and directories.
 //
 // Memory: the records, and one file manifest for each worker. Run may be
 // called any number of times at once.

@@ -2,6 +2,7 @@ package fsck
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,8 +12,10 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -22,6 +25,7 @@ import (
 type Options struct {
 	Root  string       // the store's directory
 	Level layout.Level // empty: Normal
+	With  []string     // invariants to check beyond the level, by number
 	// DB is the open database of a store that is in use; nil opens the file
 	// read-only, which needs the store to be closed.
 	DB *bolt.DB
@@ -59,6 +63,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 		return nil, fmt.Errorf("fsck %s: %w", opts.Root, err)
 	}
 	report.Findings = append(report.Findings, c.findings...)
+	report.sort()
 	if c.rec != nil {
 		report.Blobs, report.Layers = len(c.rec.blobs), len(c.rec.layers)
 	}
@@ -95,7 +100,9 @@ func (o *Options) fill() error {
 type checker struct {
 	ctx  context.Context
 	opts Options
+	root *os.File // the store's directory
 	dirs dirs
+	db   *bolt.DB // of a closed store, open to keep it closed to others
 	rec  *records // nil: the database is too damaged
 
 	damage    []damage // what load found, for M1 to M3
@@ -112,14 +119,15 @@ type checker struct {
 func (c *checker) online() bool { return c.opts.DB != nil }
 
 // run looks at everything once.
-func (c *checker) run() error {
-	if fi, err := os.Stat(c.opts.Root); err != nil || !fi.IsDir() {
-		return fmt.Errorf("no store is there: %w", errdefs.ErrNotFound)
+func (c *checker) run() (err error) {
+	if c.root, err = os.OpenFile(c.opts.Root, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+		return fmt.Errorf("no store is there: %w: %w", err, errdefs.ErrNotFound)
 	}
+	defer c.root.Close()
+	defer func() { err = errors.Join(err, c.closeDB()) }()
 	// Directories first: what is recorded when the database is read was
 	// published before, and so cannot be missing for being new; what is
 	// listed and not recorded is looked at again.
-	var err error
 	if c.dirs, err = c.list(); err != nil {
 		return err
 	}
@@ -135,9 +143,6 @@ func (c *checker) run() error {
 		}
 		c.hold(inv)
 	}
-	slices.SortStableFunc(c.findings, func(a, b Finding) int {
-		return strings.Compare(a.Invariant+"\x00"+a.Object+"\x00"+a.Path, b.Invariant+"\x00"+b.Object+"\x00"+b.Path)
-	})
 	return c.ctx.Err()
 }
 
@@ -145,20 +150,30 @@ func (c *checker) run() error {
 // records only those of the database itself make sense.
 func (c *checker) hold(inv layout.Invariant) {
 	check, ok := checks[inv.ID]
-	if !ok || slices.Index(levels, inv.Level) > slices.Index(levels, c.opts.Level) {
+	if !ok || !c.asked(inv.ID) {
 		return
 	}
 	if c.rec == nil && !strings.HasPrefix(inv.ID, "M") {
 		return
 	}
 	check(c, func(object, path, format string, args ...any) {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.findings = append(c.findings, Finding{
+		finding := Finding{
 			Invariant: inv.ID, Severity: inv.Severity, Object: object, Path: path,
 			Detail: fmt.Sprintf(format, args...), Repair: inv.Repair,
-		})
+		}
+		if !utf8.ValidString(path) {
+			finding.PathBytes = []byte(path)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.findings = append(c.findings, finding)
 	})
+}
+
+// asked tells whether an invariant is to be checked.
+func (c *checker) asked(id string) bool {
+	inv, ok := layout.FindInvariant(id)
+	return ok && slices.Index(levels, inv.Level) <= slices.Index(levels, c.opts.Level) || slices.Contains(c.opts.With, id)
 }
 
 // settle is how long operations under way get before the second look.

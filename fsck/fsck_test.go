@@ -67,6 +67,8 @@ var breakages = map[string]breakFunc{
 	"L3": func(t *testing.T, s *store, tx *bolt.Tx) {
 		bad := s.addBlob(t, tx, []byte("no manifest"))
 		link(t, tx, layout.LayerNode(baseLayer), layout.RelFiles, layout.BlobNode(bad))
+		unlink(t, tx, layout.LayerNode(baseLayer), layout.RelFiles, layout.BlobNode(s.files))
+		must(t, tx.Bucket([]byte(layout.BucketBlobs)).Delete([]byte(s.files)), os.Remove(s.path(layout.BlobPath(s.files))))
 		edit(t, tx, layout.BucketLayers, string(baseLayer), func(r *layout.LayerRecord) { r.Manifest = bad })
 	},
 	"L4": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.Chmod(s.file("d"), 0o700)) },
@@ -139,6 +141,7 @@ var breakages = map[string]breakFunc{
 	"K1": func(t *testing.T, s *store, tx *bolt.Tx) {
 		edit(t, tx, layout.BucketCache, "known", func(r *layout.CacheRecord) { r.LastUse = now.Add(time.Hour) })
 	},
+	"R2": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.Chmod(s.path(layout.LayersDir), 0o755)) },
 	"R1": func(t *testing.T, s *store, tx *bolt.Tx) { must(t, os.WriteFile(s.path("stranger"), nil, 0o600)) },
 }
 

@@ -3,7 +3,6 @@ package fsck
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -26,7 +25,7 @@ func blobKey(key string) error {
 
 // elementKey is a key that is the name of a directory as well.
 func elementKey(key string) error {
-	if key == "" || key != filepath.Base(key) || key == "." || key == ".." || key == "/" || strings.ContainsRune(key, 0) {
+	if !layout.IsElement(key) {
 		return errors.New("it cannot be the name of a file")
 	}
 	return nil

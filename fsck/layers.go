@@ -31,6 +31,9 @@ func (c *checker) layerStands(f found) {
 // layerNamed: L2.
 func (c *checker) layerNamed(f found) {
 	c.unnamed(f, layout.LayersDir, func(name string) bool { return c.exists(layout.LayerNode(layout.LayerID(name))) })
+	for id := range c.rec.layers {
+		c.strangers(f, layout.LayerPath(id), layout.TreeDir)
+	}
 }
 
 // layerKey: L5. Of two layers with one key the index names either.

@@ -26,8 +26,15 @@ const (
 	targetXattr = "varve.dev/target"
 
 	overlayXattrs = "trusted.overlay."
-	opaqueXattr   = "trusted.overlay.opaque"
 )
+
+// overlayMarks are the xattrs of overlayfs by which a mount shows other
+// contents than the tree's (Documentation/filesystems/overlayfs.rst). A layer
+// may have the first, and has none of the others: it was unpacked, or written
+// through a mount that makes none.
+var overlayMarks = []string{
+	"trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.overlay.metacopy", "trusted.overlay.whiteout",
+}
 
 // blockSize is what a layer's recorded size counts in.
 const blockSize = 4096
@@ -53,8 +60,8 @@ type summary struct {
 	inodes int64
 }
 
-// errUnchecked means that the manifest's blob is not whole, which B1 or B2
-// says.
+// errUnchecked means that the manifest's blob is not whole, which B1 to B3
+// say.
 var errUnchecked = errors.New("the blob of its file manifest is not whole")
 
 // readManifests reads every file manifest once. Layers share them seldom.
@@ -118,7 +125,7 @@ func (c *checker) manifest(d layout.BlobDigest) ([]want, error) {
 		return nil, errUnchecked
 	}
 	data, err := c.readBlob(d, maxManifest)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNotItsBytes) && c.opts.Level == layout.Deep {
 		return nil, errUnchecked
 	}
 	if err != nil {

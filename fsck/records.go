@@ -14,6 +14,7 @@ import (
 
 	"varve.dev/errdefs"
 	"varve.dev/fsck/pages"
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -84,7 +85,7 @@ func (c *checker) load() (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			c.damaged("M1", theDatabase, "reading it ends in: %v", r)
-			c.rec, err = nil, nil
+			c.rec, c.db, err = nil, nil, nil
 			if file != nil {
 				file.Close()
 			}
@@ -95,7 +96,7 @@ func (c *checker) load() (err error) {
 		if db, err = c.open(&file); db == nil {
 			return err
 		}
-		defer db.Close()
+		c.db = db
 	}
 	rec := newRecords()
 	if err := db.View(func(tx *bolt.Tx) error { return c.read(tx, rec) }); err != nil {
@@ -105,27 +106,37 @@ func (c *checker) load() (err error) {
 	return nil
 }
 
+// closeDB lets others open the store again.
+func (c *checker) closeDB() error {
+	if c.db == nil {
+		return nil
+	}
+	return c.db.Close()
+}
+
 // open opens the database of a closed store. Neither a database nor an error
 // means that it cannot be read, which was noted.
 func (c *checker) open(file **os.File) (*bolt.DB, error) {
-	path := c.path(layout.DatabaseFile)
-	fi, err := os.Lstat(path)
+	opened, err := reach.Regular(c.fd(), layout.DatabaseFile)
 	switch {
-	case errors.Is(err, fs.ErrNotExist) && !c.gone(layout.LogFile):
+	case errors.Is(err, fs.ErrNotExist) && c.used():
 		c.damaged("M2", theDatabase, "it is missing")
 		return nil, nil
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("no %s: %w", layout.DatabaseFile, errdefs.ErrNotFound)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	case errors.Is(err, reach.ErrNotRegular):
+		c.damaged("M2", theDatabase, "%v", err)
+		return nil, nil
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
-	case !fi.Mode().IsRegular(): // opening a fifo would not end
-		c.damaged("M2", theDatabase, "it is no regular file but %v", fi.Mode().Type())
-		return nil, nil
 	}
-	db, err := bolt.Open(path, 0o600, &bolt.Options{
+	defer opened.Close()
+	db, err := bolt.Open(c.path(layout.DatabaseFile), 0o600, &bolt.Options{
 		ReadOnly: true, Timeout: openTimeout,
-		OpenFile: func(name string, _ int, _ fs.FileMode) (*os.File, error) {
-			f, err := os.OpenFile(name, os.O_RDONLY, 0)
+		OpenFile: func(string, int, fs.FileMode) (*os.File, error) {
+			f, err := reach.Again(opened)
 			*file = f
 			return f, err
 		},
@@ -133,18 +144,37 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
 	case err != nil:
 		c.damaged("M2", theDatabase, "%v", err)
 		return nil, nil
 	}
 	// Under bbolt's lock, so that nobody writes meanwhile.
-	if err := pages.Walk(path); err != nil {
+	err = pages.Walk(opened)
+	if err != nil {
 		c.damaged("M2", theDatabase, "%v", err)
+	}
+	if free := (*pages.FreeListError)(nil); err != nil && !errors.As(err, &free) {
 		return nil, db.Close()
 	}
 	return db, nil
+}
+
+// used tells whether the store is one that had a database: there is a change
+// log, or what only a database can have led to.
+func (c *checker) used() bool {
+	if !c.gone(layout.LogFile) {
+		return true
+	}
+	for dir, list := range c.dirs {
+		switch dir {
+		case ".", layout.BlobsDir, layout.BlobsDir + "/sha256", layout.IngestDir, layout.StagingDir, layout.TrashDir:
+		default:
+			if len(list) > 0 {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // read copies every bucket.
@@ -169,7 +199,7 @@ func (c *checker) read(tx *bolt.Tx, rec *records) error {
 	readBucket(c, tx, rec, layout.BucketIntents, rec.intents, nameKey)
 	readBucket(c, tx, rec, layout.BucketSweeps, rec.sweeps, elementKey)
 	readBucket(c, tx, rec, layout.BucketLogTail, rec.tail, elementKey)
-	if c.opts.Level != layout.Quick { // M4
+	if c.asked("M4") {
 		readLogged(tx, rec)
 	}
 	c.readKeys(tx, layout.BucketEdges, func(k []byte) error { return addEdge(rec.edges, k, layout.ParseEdge) })

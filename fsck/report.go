@@ -3,6 +3,8 @@ package fsck
 import (
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"time"
 
 	"varve.dev/layout"
@@ -12,10 +14,13 @@ import (
 type Finding struct {
 	Invariant string          `json:"invariant"` // number in package layout
 	Severity  layout.Severity `json:"severity"`
-	Object    string          `json:"object"`         // "layer 0123…", "blob sha256:…"
-	Path      string          `json:"path,omitempty"` // in the store; for L4 in the layer's tree
-	Detail    string          `json:"detail"`         // what is there instead
-	Repair    string          `json:"repair"`         // what would make it hold again
+	Object    string          `json:"object"`              // "layer 0123…", "blob sha256:…"
+	Path      string          `json:"path,omitempty"`      // in the store; for L4 in the layer's tree
+	PathBytes []byte          `json:"pathBytes,omitempty"` // a path that is not UTF-8, which JSON cannot carry
+	Detail    string          `json:"detail"`              // what is there instead
+	Repair    string          `json:"repair"`              // what would make it hold again
+	// Healed: it was found before the store was opened, and holds since.
+	Healed bool `json:"healed,omitempty"`
 }
 
 // same tells whether two findings are of one thing, whatever was seen there.
@@ -36,16 +41,49 @@ type Report struct {
 	Finished time.Time    `json:"finished"`
 }
 
-// ExitCode is 0 for a clean store, 1 if everything found can be repaired from
-// what is there, 2 if something acknowledged is lost or wrong. Notices do not
-// count. 3, for a check that could not run, is the caller's.
+// AddBefore adds what an earlier report has found of the store before it was
+// opened: recovery carries out what was under way, and a database that is
+// damaged is made again. What is not found any more was healed by that.
+func (r *Report) AddBefore(earlier *Report) {
+	for _, f := range earlier.Findings {
+		if slices.ContainsFunc(r.Findings, f.same) {
+			continue
+		}
+		f.Healed = true
+		r.Findings = append(r.Findings, f)
+	}
+	r.sort()
+}
+
+// AddLost adds what a database that was made again has lost.
+func (r *Report) AddLost(what []string) {
+	inv, _ := layout.FindInvariant("M2")
+	for _, w := range what {
+		r.Findings = append(r.Findings, Finding{
+			Invariant: inv.ID, Severity: inv.Severity, Object: theDatabase, Path: layout.DatabaseFile,
+			Detail: "it was made again, and lost: " + w, Repair: "none: what it was is kept in " + layout.DamagedFile,
+		})
+	}
+	r.sort()
+}
+
+func (r *Report) sort() {
+	slices.SortStableFunc(r.Findings, func(a, b Finding) int {
+		return strings.Compare(a.Invariant+"\x00"+a.Object+"\x00"+a.Path, b.Invariant+"\x00"+b.Object+"\x00"+b.Path)
+	})
+}
+
+// ExitCode is 0 for a clean store, 1 if everything found is healed or can be
+// repaired from what is there, 2 if something acknowledged is lost or wrong.
+// Notices do not count. 3, for a check that could not run, is the caller's.
 func (r *Report) ExitCode() int {
 	code := 0
 	for _, f := range r.Findings {
-		switch f.Severity {
-		case layout.Loss:
+		switch {
+		case f.Severity == layout.Notice:
+		case f.Severity == layout.Loss && !f.Healed:
 			return 2
-		case layout.Damage, layout.Leak:
+		default:
 			code = 1
 		}
 	}
@@ -64,7 +102,11 @@ func (r *Report) WriteText(w io.Writer) {
 		if f.Severity == layout.Notice {
 			notices++
 		}
-		fmt.Fprintf(w, "%s %s: %s%s: %s\n    repair: %s\n", f.Invariant, f.Severity, f.Object, at, f.Detail, f.Repair)
+		next := "repair: " + f.Repair
+		if f.Healed {
+			next = "healed when the store was opened"
+		}
+		fmt.Fprintf(w, "%s %s: %s%s: %s\n    %s\n", f.Invariant, f.Severity, f.Object, at, f.Detail, next)
 	}
 	verdict := "clean"
 	if n := len(r.Findings) - notices; n > 0 {

@@ -1,9 +1,13 @@
 package fsck
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"path"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -71,8 +75,13 @@ func (c *checker) activeStands(f found) {
 			continue
 		}
 		rel := layout.ActivePath(rec.Layer)
-		if !under[rel] && !c.isDir(path.Join(rel, layout.TreeDir)) {
+		work := path.Join(rel, layout.WorkDir)
+		switch {
+		case under[rel]:
+		case !c.isDir(path.Join(rel, layout.TreeDir)):
 			f(snapshotObject(key), rel, "its directory %s is missing", layout.TreeDir)
+		case !c.isDir(work) && !c.gone(work):
+			f(snapshotObject(key), rel, "%s is no directory", layout.WorkDir)
 		}
 	}
 }
@@ -86,6 +95,11 @@ func (c *checker) activeNamed(f found) {
 		}
 	}
 	c.unnamed(f, layout.ActiveDir, func(name string) bool { return named[name] })
+	for id := range named {
+		if elementKey(id) == nil {
+			c.strangers(f, layout.ActivePath(layout.LayerID(id)), layout.TreeDir, layout.WorkDir)
+		}
+	}
 }
 
 // containerStands: C1.
@@ -94,11 +108,33 @@ func (c *checker) containerStands(f found) {
 		object, rel := "container "+string(id), layout.ContainerPath(id)
 		if !c.isDir(rel) {
 			f(object, rel, "its directory is missing")
+		} else {
+			for _, name := range []string{layout.ContainerConfig, layout.ContainerImage} {
+				if err := c.containerFile(path.Join(rel, name)); err != nil {
+					f(object, path.Join(rel, name), "%v", err)
+				}
+			}
 		}
 		if !c.exists(layout.SnapshotNode(rec.Snapshot)) {
 			f(object, "", "its snapshot %q is not recorded", rec.Snapshot)
 		}
 	}
+}
+
+// maxContainerFile bounds what says how a container is to run.
+const maxContainerFile = 64 << 20
+
+func (c *checker) containerFile(rel string) error {
+	file, err := reach.Regular(c.fd(), rel)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	data, err := io.ReadAll(io.LimitReader(file, maxContainerFile))
+	if err == nil && !json.Valid(data) {
+		err = errors.New("it is no JSON")
+	}
+	return err
 }
 
 // containerNamed: C2.

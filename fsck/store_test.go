@@ -61,7 +61,7 @@ func makeStore(t *testing.T) *store {
 	testkit.NeedRoot(t)
 	s := &store{dir: t.TempDir()}
 	for _, d := range layout.Dirs() {
-		must(t, os.Mkdir(s.path(d.Path), fs.FileMode(d.Perm)))
+		must(t, os.Mkdir(s.path(d.Path), 0o700), os.Chmod(s.path(d.Path), fs.FileMode(d.Perm)))
 	}
 	must(t, os.WriteFile(s.path("barrier"), nil, 0o600))
 	s.in(t, func(tx *bolt.Tx) error {
@@ -237,6 +237,8 @@ func (s *store) addRest(t *testing.T, tx *bolt.Tx) {
 	must(t,
 		uses.Put([]byte(string(use)+"known"), nil), uses.Put([]byte(string(use)+"alias"), nil),
 		os.Mkdir(s.path(layout.ContainerPath("cafe")), 0o700),
+		os.WriteFile(s.path(layout.ContainerPath("cafe"), layout.ContainerConfig), []byte("{}"), 0o600),
+		os.WriteFile(s.path(layout.ContainerPath("cafe"), layout.ContainerImage), []byte("{}"), 0o600),
 		os.MkdirAll(s.path(layout.VolumesDir, "v", "_data"), 0o755),
 		os.MkdirAll(s.path(layout.TrashPath("swept"), layout.TreeDir), 0o755),
 		os.Mkdir(s.path(layout.IngestPath("half")), 0o700),

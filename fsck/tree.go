@@ -52,12 +52,13 @@ func (c *checker) compareTree(id layout.LayerID, rec layout.LayerRecord, f found
 			t.wants[n] = &wants[i]
 		}
 	}
-	root, err := reach.Dir(unix.AT_FDCWD, c.path(treePath(id)))
+	root, err := reach.Dir(c.fd(), treePath(id))
 	if err != nil {
 		t.found(".", "%v", err)
 		return
 	}
 	defer root.Close()
+	t.root = root
 	t.entry(int(root.Fd()), ".", ".")
 	t.children(root, ".")
 	if c.ctx.Err() != nil {
@@ -72,6 +73,7 @@ func (c *checker) compareTree(id layout.LayerID, rec layout.LayerRecord, f found
 // directory it is in, so that no link leads out of the tree.
 type tree struct {
 	c      *checker
+	root   *os.File
 	found  func(name, format string, args ...any)
 	wants  map[string]*want // by each name that was not come to yet
 	inodes map[*want]inode  // which file it turned out to be
@@ -131,22 +133,28 @@ func (t *tree) entry(dirfd int, base, name string) (descend bool) {
 	}
 	delete(t.wants, name)
 	t.c.files.Add(1)
-	if !t.sameFile(w, name, inode{uint64(st.Dev), st.Ino}, uint64(st.Nlink)) {
+	as, first := t.sameFile(w, name, inode{uint64(st.Dev), st.Ino}, uint64(st.Nlink))
+	if !first {
 		return false
 	}
-	t.attributes(w, dirfd, base, w.names[0], &st)
+	t.attributes(w, dirfd, base, as, &st)
 	return w.mode.IsDir() && st.Mode&unix.S_IFMT == unix.S_IFDIR
 }
 
 // sameFile compares hard links: the names of one entry are one file, those of
 // two are two. It tells whether the file's attributes are to be compared,
-// which is so once.
-func (t *tree) sameFile(w *want, name string, ino inode, links uint64) bool {
-	if first, ok := t.inodes[w]; ok {
-		if first != ino {
+// which is so once, and under which name: its first, or the one that is a file
+// of its own and must not be.
+func (t *tree) sameFile(w *want, name string, ino inode, links uint64) (as string, first bool) {
+	if links == 1 && t.elsewhere(w, name) {
+		t.found(name, "no hard link of the file's other names %q", w.names)
+		return name, true
+	}
+	if known, ok := t.inodes[w]; ok {
+		if known != ino {
 			t.found(name, "no hard link of the file's other names %q", w.names)
 		}
-		return false
+		return name, known != ino
 	}
 	t.inodes[w] = ino
 	if links > 1 && !w.mode.IsDir() {
@@ -155,7 +163,18 @@ func (t *tree) sameFile(w *want, name string, ino inode, links uint64) bool {
 		}
 		t.owners[ino] = w
 	}
-	return true
+	return w.names[0], true
+}
+
+// elsewhere tells whether something stands at another name of an entry.
+func (t *tree) elsewhere(w *want, name string) bool {
+	return slices.ContainsFunc(w.names, func(other string) bool {
+		if other == name {
+			return false
+		}
+		_, err := reach.Stat(int(t.root.Fd()), other)
+		return err == nil
+	})
 }
 
 func (t *tree) attributes(w *want, dirfd int, base, name string, st *unix.Stat_t) {
@@ -201,10 +220,10 @@ func (t *tree) contents(w *want, dirfd int, base, name string, st *unix.Stat_t) 
 	}
 }
 
-// xattrs compares all but what overlayfs notes for itself.
+// xattrs compares all but the notes of overlayfs that show in no mount.
 func (t *tree) xattrs(w *want, dirfd int, base, name string) {
 	got, err := reach.Xattrs(dirfd, base, t.buf, func(x string) bool {
-		return !strings.HasPrefix(x, overlayXattrs) || x == opaqueXattr
+		return !strings.HasPrefix(x, overlayXattrs) || slices.Contains(overlayMarks, x)
 	})
 	if err != nil {
 		t.found(name, "xattrs: %v", err)

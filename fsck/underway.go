@@ -6,11 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path"
-	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"varve.dev/fsck/reach"
 	"varve.dev/layout"
@@ -55,8 +51,8 @@ func (c *checker) sweepPath(f found) {
 		}
 	}
 	for id, s := range c.rec.sweeps {
-		if !filepath.IsLocal(s.Path) || path.Clean(s.Path) != s.Path || s.Path == "." {
-			f("sweep "+id, s.Path, "the path is none inside the store")
+		if at := layout.NodePath(s.Node); at == "" || s.Path != at {
+			f("sweep "+id, s.Path, "%q stands at %q", string(s.Node), at)
 			continue
 		}
 		// A publication may take a blob back until the sweep is claimed;
@@ -76,7 +72,7 @@ func (c *checker) stagingBoot(f found) {
 			continue
 		}
 		rel := path.Join(layout.StagingDir, boot.Name())
-		entries, err := os.ReadDir(c.path(rel))
+		entries, err := c.readDir(rel)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // gone meanwhile
 		}
@@ -106,7 +102,7 @@ func (c *checker) onlyStaged() map[string]layout.LayerID {
 	out := map[string]layout.LayerID{}
 	for _, boot := range c.dirs[layout.StagingDir] {
 		rel := path.Join(layout.StagingDir, boot.Name())
-		trees, err := os.ReadDir(c.path(rel))
+		trees, err := c.readDir(rel)
 		if err != nil {
 			continue // gone meanwhile, or G1's
 		}
@@ -127,7 +123,7 @@ const maxIngestInfo = 1 << 20
 func (c *checker) ingestContent(f found) {
 	for _, e := range c.dirs[layout.IngestDir] {
 		object, rel := "ingest "+printable(e.Name()), layout.IngestPath(layout.IngestID(e.Name()))
-		entries, err := os.ReadDir(c.path(rel))
+		entries, err := c.readDir(rel)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -152,7 +148,7 @@ func (c *checker) ingestContent(f found) {
 }
 
 func (c *checker) ingestInfo(rel string) error {
-	file, err := reach.Regular(unix.AT_FDCWD, c.path(rel))
+	file, err := reach.Regular(c.fd(), rel)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

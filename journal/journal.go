@@ -34,11 +34,16 @@ type Journal struct {
 }
 
 // Create makes the directories of a store in root that are not there yet.
-// It may be interrupted and run again.
+// It may be interrupted and run again. Errors: Corrupt (R2) for something else
+// in a directory's place: what is renamed into a directory that a link leads
+// to, elsewhere, is neither durable nor there for the witness.
 func Create(root *durable.Root) error {
 	var made []string
 	for _, d := range layout.Dirs() {
-		if _, err := os.Lstat(root.Path(d.Path)); err == nil {
+		if fi, err := os.Lstat(root.Path(d.Path)); err == nil {
+			if !fi.IsDir() {
+				return &errdefs.Corrupt{Invariant: "R2", Object: "store " + root.Path("."), Detail: fmt.Sprintf("%s is no directory but %v", d.Path, fi.Mode().Type())}
+			}
 			continue
 		}
 		err := root.Mkdir(d.Path, os.FileMode(d.Perm))

@@ -235,6 +235,9 @@ func (j *Journal) moveBlob(m layout.BlobMove) error {
 	return j.moveOnce(m.From, target)
 }
 
+// errNowhere says that what an intent names has gone.
+var errNowhere = fmt.Errorf("neither is there: %w", errdefs.ErrDataLoss)
+
 // moveOnce renames from to to, unless that was done before.
 func (j *Journal) moveOnce(from, to string) error {
 	err := j.root.Rename(from, to)
@@ -242,7 +245,7 @@ func (j *Journal) moveOnce(from, to string) error {
 		return err
 	}
 	if _, serr := os.Lstat(j.root.Path(to)); serr != nil {
-		return fmt.Errorf("%s was to become %s and neither is there: %w", from, to, errdefs.ErrDataLoss)
+		return fmt.Errorf("%s was to become %s: %w", from, to, errNowhere)
 	}
 	return nil
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"varve.dev/errdefs"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -20,6 +22,7 @@ import (
 // Recovery says what [Open] found and did.
 type Recovery struct {
 	Finished  []string // purposes of intents that were carried out
+	GivenUp   []string // and of those that cannot be, with the reason
 	Discarded int      // trees that nobody had finished
 	Emptied   int      // entries of the trash that were deleted
 	Leases    int      // leases of operations that died
@@ -59,12 +62,43 @@ func (j *Journal) finishIntents(ctx context.Context, found *Recovery) error {
 		return err
 	}
 	for id, in := range open {
-		if err := j.carryOut(id, in); err != nil {
+		err := j.carryOut(id, in)
+		if errors.Is(err, errNowhere) {
+			found.GivenUp = append(found.GivenUp, fmt.Sprintf("%s: %v", in.Purpose, err))
+			err = j.giveUp(ctx, id, in)
+		} else if err == nil {
+			found.Finished = append(found.Finished, in.Purpose)
+		}
+		if err != nil {
 			return fmt.Errorf("intent %s (%s): %w", id, in.Purpose, err)
 		}
-		found.Finished = append(found.Finished, in.Purpose)
 	}
 	return nil
+}
+
+// giveUp drops an intent that cannot be carried out, because what it names has
+// gone. Nobody was told that it was done. What of it has its place already, and
+// no record, is swept; what is in staging goes with the rest of that.
+func (j *Journal) giveUp(ctx context.Context, id layout.IntentID, in layout.IntentRecord) error {
+	var nodes []layout.Node
+	for _, m := range in.Blobs {
+		nodes = append(nodes, layout.BlobNode(m.Digest))
+	}
+	for _, m := range in.Layers {
+		nodes = append(nodes, layout.LayerNode(m.ID))
+	}
+	return j.db.Update(ctx, func(tx *metadata.Tx) error {
+		for _, n := range nodes {
+			at := layout.NodePath(n)
+			if at == "" || tx.Exists(n) {
+				continue
+			}
+			if err := tx.Sweep(n, at); err != nil {
+				return err
+			}
+		}
+		return tx.Drop(layout.IntentNode(id))
+	})
 }
 
 // emptyStaging moves what nobody finished to the trash. A tree that a record
@@ -78,6 +112,13 @@ func (j *Journal) emptyStaging(ctx context.Context, found *Recovery) error {
 	}
 	for _, boot := range boots {
 		dir := path.Join(layout.StagingDir, boot.Name())
+		if !boot.IsDir() {
+			if err := j.root.Rename(dir, layout.TrashPath(layout.NewID())); err != nil {
+				return err
+			}
+			found.Discarded++
+			continue
+		}
 		trees, err := os.ReadDir(j.root.Path(dir))
 		if err != nil {
 			return missing(err)
@@ -248,15 +289,19 @@ func (j *Journal) dropCacheMounts(_ context.Context, found *Recovery) error {
 }
 
 // isResumable tells whether an ingest has data and a description, which may
-// have been lost together, and may be gone on with by another process.
+// have been lost together, and may be gone on with by another process. A fifo
+// or a link in the place of either is not opened.
 func (j *Journal) isResumable(ctx context.Context, rel string) (bool, error) {
+	for _, name := range []string{layout.IngestData, layout.IngestInfo} {
+		fi, err := os.Lstat(j.root.Path(path.Join(rel, name)))
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR), err == nil && !fi.Mode().IsRegular():
+			return false, nil
+		case err != nil:
+			return false, err
+		}
+	}
 	data, err := os.ReadFile(j.root.Path(path.Join(rel, layout.IngestInfo)))
-	if err == nil {
-		_, err = os.Lstat(j.root.Path(path.Join(rel, layout.IngestData)))
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
 	var info layout.IngestRecord
 	if err != nil || json.Unmarshal(data, &info) != nil || info.Private {
 		return false, err

@@ -131,7 +131,7 @@ func (j *Journal) sweepSome(ctx context.Context) (int, error) {
 }
 
 // claim takes the next rows for deletion. A row whose files something names
-// again is dropped.
+// again is dropped; so is a damaged one (T2), whose path leads anywhere.
 func (j *Journal) claim(ctx context.Context) (map[string]layout.SweepRecord, error) {
 	var rows map[string]layout.SweepRecord
 	if empty, err := j.nothingToSweep(ctx); empty || err != nil {
@@ -147,7 +147,7 @@ func (j *Journal) claim(ctx context.Context) (map[string]layout.SweepRecord, err
 		var drop []string
 		stop := errors.New("enough")
 		err = tx.Sweeps().Each("", func(id string, s layout.SweepRecord) error {
-			if !s.Claimed && (tx.Exists(s.Node) || wanted[s.Node]) {
+			if tx.Exists(s.Node) || !s.Claimed && wanted[s.Node] || s.Path != layout.NodePath(s.Node) {
 				drop = append(drop, id)
 				return nil
 			}

@@ -1,8 +1,10 @@
 package layout
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"strconv"
@@ -38,6 +40,24 @@ func DecodeLine(line []byte) (c ChangeRecord, err error) {
 		return c, fmt.Errorf("%w: %w", err, errdefs.ErrDataLoss)
 	}
 	return c, nil
+}
+
+// maxLine is more than any commit has to tell. In bytes.
+const maxLine = 256 << 20
+
+// ReadLine reads a line of the log with its newline. What is longer than any
+// line is not read into memory to find out: ErrDataLoss. The error at the end,
+// or of a line without one, is io.EOF.
+func ReadLine(r *bufio.Reader) (line []byte, err error) {
+	for {
+		part, err := r.ReadSlice('\n')
+		if line = append(line, part...); !errors.Is(err, bufio.ErrBufferFull) {
+			return line, err
+		}
+		if len(line) > maxLine {
+			return nil, fmt.Errorf("longer than %d bytes: %w", maxLine, errdefs.ErrDataLoss)
+		}
+	}
 }
 
 // TailKey is the key of a change in BucketLogTail.

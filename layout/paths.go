@@ -3,6 +3,7 @@ package layout
 import (
 	"fmt"
 	"path"
+	"strings"
 )
 
 // Names in the root of a store.
@@ -109,6 +110,35 @@ func CacheMountPath(key string) string { return path.Join(CacheMountDir, key) }
 
 // CacheMountBegun is the end of the name of a cache mount that nobody uses yet.
 const CacheMountBegun = ".new"
+
+// NodePath is where the files of a node stand, or "" for a node that has none
+// or whose identity cannot be the name of a file.
+func NodePath(n Node) string {
+	kind, id := n.Split()
+	if kind == KindBlob {
+		if d, err := ParseBlobDigest(id); err == nil {
+			return BlobPath(d)
+		}
+		return ""
+	}
+	if !IsElement(id) {
+		return ""
+	}
+	switch kind {
+	case KindLayer:
+		return LayerPath(LayerID(id))
+	case KindActive:
+		return ActivePath(LayerID(id))
+	case KindContainer:
+		return ContainerPath(ContainerID(id))
+	}
+	return ""
+}
+
+// IsElement tells whether an identity can be the name of a file.
+func IsElement(id string) bool {
+	return id != "" && id != "." && id != ".." && !strings.ContainsAny(id, "/\x00")
+}
 
 // TrashPath is where something with a sweep row waits to be deleted.
 func TrashPath(id string) string { return path.Join(TrashDir, id) }

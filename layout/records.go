@@ -91,9 +91,12 @@ type LayerRecord struct {
 	// Damaged is when a repair could not make the tree whole: it is not
 	// used until a pull or a later repair has.
 	Damaged time.Time `json:"damaged,omitzero"`
-	// Export is the blob that a built layer was last written as; the blob
-	// may be gone by now.
-	Export *ocispec.Descriptor `json:"export,omitempty"`
+	// Export is the blob that the layer was last written as here; the blob
+	// may be gone by now. ExportDiffID is its DiffID if that is not the
+	// layer's: one that was pulled, and whose blob is gone, is written as
+	// another stream of the same files.
+	Export       *ocispec.Descriptor `json:"export,omitempty"`
+	ExportDiffID DiffID              `json:"exportDiffID,omitempty"`
 }
 
 // SnapshotKind tells what may be done with a snapshot.

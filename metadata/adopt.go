@@ -26,6 +26,9 @@ func (r *rebuilder) adopt() error {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	for _, shard := range shards {
+		if !shard.IsDir() {
+			continue // B4
+		}
 		names, err := os.ReadDir(r.root.Path(path.Join(layout.BlobsDir, "sha256", shard.Name())))
 		if err != nil {
 			return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)

@@ -170,6 +170,9 @@ func (db *DB) openLog() error {
 	if err != nil {
 		return err
 	}
+	if err := setAside(db.root, layout.LogFile); err != nil {
+		return err
+	}
 	f, err := db.root.AppendFile(layout.LogFile, 0o600)
 	if err != nil {
 		return err
@@ -294,7 +297,7 @@ func findEnd(f *durable.File, store string, safe uint64) (end logEnd, err error)
 		return end, fmt.Errorf("log: its first line is not that of store %s: %w", store, errdefs.ErrDataLoss)
 	}
 	end.base = int64(c.Base)
-	for window := int64(64 << 10); ; window *= 8 {
+	for window := int64(64 << 10); window <= maxEnd; window *= 8 {
 		from := max(0, f.Size()-window)
 		buf := make([]byte, f.Size()-from)
 		if _, err := f.ReadAt(buf, from); err != nil && !errors.Is(err, io.EOF) {
@@ -316,10 +319,14 @@ func findEnd(f *durable.File, store string, safe uint64) (end logEnd, err error)
 			at = before
 		}
 		if from == 0 {
-			return end, fmt.Errorf("log: no line is whole: %w", errdefs.ErrDataLoss)
+			break
 		}
 	}
+	return end, fmt.Errorf("log: no line is whole: %w", errdefs.ErrDataLoss)
 }
+
+// maxEnd is how much of the log's end is read into memory.
+const maxEnd = 256 << 20
 
 // logChunk is how many records share a line of the log's beginning.
 const logChunk = 500

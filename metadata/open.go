@@ -27,7 +27,10 @@ const lockInterval = 2 * time.Millisecond
 // other processes, and gives it to ready before anybody reads it. ErrLocked if
 // the lock is not to be had within wait.
 func openLocked(path string, wait time.Duration, ready func(*os.File) error) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
+		return nil, &errdefs.Corrupt{Invariant: "M2", Object: "database " + path, Detail: fmt.Sprintf("it is no regular file but %v", fi.Mode().Type())}
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -292,6 +295,16 @@ func readSuspicion(root *durable.Root) (note suspicion) {
 	note.stands = !errors.Is(err, fs.ErrNotExist)
 	_, _ = fmt.Sscan(string(text), &note.commit) // none: 0
 	return note
+}
+
+// setAside takes what is no regular file out of the place of one: to the trash.
+// Opening it might wait, or lead out of the store.
+func setAside(root *durable.Root, name string) error {
+	fi, err := os.Lstat(root.Path(name))
+	if err != nil || fi.Mode().IsRegular() {
+		return nil
+	}
+	return root.Rename(name, layout.TrashPath(layout.NewID()))
 }
 
 // stands tells whether the store has a file of this name.

@@ -5,12 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"slices"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
@@ -69,7 +71,7 @@ type records struct {
 
 // readLog replays the log, up to the first line that is not whole.
 func (r *rebuilder) readLog() {
-	f, err := os.Open(r.root.Path(layout.LogFile))
+	f, err := os.OpenFile(r.root.Path(layout.LogFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		r.lost("the log: %v", err)
 		return
@@ -77,9 +79,13 @@ func (r *rebuilder) readLog() {
 	defer f.Close()
 	lines := bufio.NewReaderSize(f, 1<<20)
 	for n := 1; ; n++ {
-		line, err := lines.ReadBytes('\n')
-		if err != nil {
+		line, err := layout.ReadLine(lines)
+		if errors.Is(err, io.EOF) {
 			return // the end, or a line that a power cut tore
+		}
+		if err != nil {
+			r.lost("the log from line %d on: %v", n, err)
+			return
 		}
 		c, err := layout.DecodeLine(line)
 		if err == nil && n > 1 && c.Seq != r.last && c.Seq != r.last+1 {
@@ -285,6 +291,9 @@ func (r *rebuilder) write() error {
 	}
 	if err := b.Close(); err != nil {
 		return openError(tmp, err)
+	}
+	if err := setAside(r.root, layout.DatabaseFile); err != nil {
+		return err
 	}
 	if made(r.root) {
 		if err := r.root.Replace(layout.DatabaseFile, layout.DamagedFile); err != nil {

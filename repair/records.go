@@ -63,7 +63,7 @@ var recordRepairs = map[string]func(context.Context, *work, fsck.Finding) error{
 
 // healedByOpening are the invariants that hold again when the store is opened:
 // recovery, or a database that is made anew.
-var healedByOpening = []string{"M1", "M2", "M3", "M4", "M5", "T1", "G1", "J1"}
+var healedByOpening = []string{"M1", "M2", "M3", "M4", "M5", "T1", "G1", "J1", "R2"}
 
 // leftToUsers are those that no repair is for: nothing is wrong, or only a pull,
 // or a person, can help.

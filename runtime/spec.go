@@ -96,6 +96,14 @@ func (s *Spec) Validate() error {
 	return nil
 }
 
+// Encode returns the spec as it stands in the container's directory.
+func (s *Spec) Encode() ([]byte, error) {
+	if err := s.Validate(); err != nil {
+		return nil, err
+	}
+	return encode(s.ID, s)
+}
+
 // Save writes the spec, durably, into the container's directory.
 func (s *Spec) Save(dir string) error {
 	if err := s.Validate(); err != nil {
@@ -141,10 +149,18 @@ func ReadExit(dir string) (Exit, error) {
 	return e, err
 }
 
-func save(dir, name string, v any) error {
+func encode(container string, v any) ([]byte, error) {
 	data, err := json.MarshalIndent(v, "", " ")
 	if err != nil {
-		return fmt.Errorf("container %s: %w: %w", dir, err, errdefs.ErrInternal)
+		return nil, fmt.Errorf("container %s: %w: %w", container, err, errdefs.ErrInternal)
+	}
+	return data, nil
+}
+
+func save(dir, name string, v any) error {
+	data, err := encode(dir, v)
+	if err != nil {
+		return err
 	}
 	root, err := durable.Open(dir)
 	if err != nil {

@@ -380,3 +380,23 @@ func TestDaemon(t *testing.T) {
 	}
 	stop()
 }
+
+// A base image that is removed while its tree is in the cache stands there
+// without its blobs: a build that uses it writes its layers anew, and leaves the
+// base what images know it by.
+func TestBuildOnABaseWithoutBlobs(t *testing.T) {
+	h := newHost(t)
+	name := busybox(t)
+	for _, step := range []string{"one", "two"} {
+		h.run("build", "-t", "built", dockerfile(t, "FROM "+name+"\nRUN echo here > /it\nLABEL step="+step+"\n"))
+		if step == "two" {
+			break
+		}
+		for id := range strings.FieldsSeq(h.run("images", "--quiet")) {
+			h.run("rmi", "--force", id)
+		}
+	}
+	h.run("pull", name)
+	// What is built on it goes on from the blobs that it was written as.
+	h.run("build", "-t", "again", dockerfile(t, "FROM built\nLABEL step=three\n"))
+}

@@ -57,9 +57,9 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 			}
 			request := varve.FsckRequest{Level: string(level), Repair: repair && !dryRun, Plan: dryRun, Registry: reach}
 			code := couldNotRun
-			err = g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error {
+			check := func(ctx context.Context, run checkFunc) error {
 				show := newProgress(cmd.ErrOrStderr(), asJSON)
-				report, err := j.Fsck(ctx, request, show.event)
+				report, err := run(ctx, request, show.event)
 				show.finish()
 				if err != nil {
 					return err
@@ -70,7 +70,17 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 				}
 				_, err = fmt.Fprint(cmd.OutOrStdout(), report.Text)
 				return err
-			})
+			}
+			g.look = true
+			err = g.again(cmd.Context(), func(ctx context.Context, j *daemon.Joined) error { return check(ctx, j.Fsck) })
+			if err != nil && code == couldNotRun {
+				// What keeps the store from being opened may be what the
+				// check is for.
+				cerr := check(cmd.Context(), g.checkClosed)
+				if cerr == nil && code == 0 {
+					code = couldNotRun
+				}
+			}
 			if err != nil {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", err)
 			}
@@ -101,6 +111,20 @@ func printFsckJSON(cmd *cobra.Command, r varve.FsckReport) error {
 		return err
 	}
 	return printJSON(cmd.OutOrStdout(), string(data))
+}
+
+type checkFunc = func(context.Context, varve.FsckRequest, func(varve.Event)) (varve.FsckReport, error)
+
+// checkClosed checks a store that nobody has open, as it is.
+func (g *globals) checkClosed(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
+	c, err := g.settings()
+	if err != nil {
+		return varve.FsckReport{}, err
+	}
+	if c.Host != "" {
+		return varve.FsckReport{}, errUsage("fsck: the store of another host cannot be checked without it")
+	}
+	return daemon.CheckClosed(ctx, c.Root, req, progress)
 }
 
 func printLaw(cmd *cobra.Command) error {

@@ -25,6 +25,7 @@ const (
 // globals are the flags of every subcommand.
 type globals struct {
 	root, state, host, config string
+	look                      bool // at the store before it is opened
 }
 
 // configFile is what the configuration file may say. Flags and environment
@@ -122,7 +123,7 @@ func (g *globals) with(ctx context.Context, fn func(context.Context, *daemon.Joi
 	if err != nil {
 		return err
 	}
-	j, err := daemon.Join(ctx, daemon.Place{Root: c.Root, State: c.State, Host: c.Host})
+	j, err := daemon.Join(ctx, daemon.Place{Root: c.Root, State: c.State, Host: c.Host, Look: g.look})
 	if err != nil {
 		return err
 	}

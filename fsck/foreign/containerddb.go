@@ -91,7 +91,9 @@ func readBolt(name string, read func(*bolt.Tx)) (err error) {
 		return fmt.Errorf("%w: %w", err, errDamaged)
 	}
 	defer db.Close()
-	if err := pages.Walk(name); err != nil {
+	// What is wrong with the list of free pages only matters to writers.
+	var list *pages.FreeListError
+	if err := pages.Walk(file); err != nil && !errors.As(err, &list) {
 		return fmt.Errorf("%w: %w", err, errDamaged)
 	}
 	return db.View(func(tx *bolt.Tx) error {

@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
-
-	"golang.org/x/sys/unix"
 )
 
 // The page format of bbolt (its internal/common/page.go and meta.go), as far
@@ -22,6 +20,8 @@ const (
 	element    = 16 // branch: pos, ksize u32, page u64; leaf: flags, pos, ksize, vsize u32
 	branchPage = 0x01
 	leafPage   = 0x02
+	freePage   = 0x10
+	noFreeList = 1<<64 - 1 // in place of its page
 
 	bucketElement = 0x01
 	bucketHeader  = 16 // root page u64, sequence u64
@@ -35,24 +35,36 @@ type pages struct {
 	f    *os.File
 	size int64  // of a page
 	high uint64 // number of pages
+	free uint64 // page of the free list
 	seen []uint64
 }
 
 // Walk reads every page that can be reached from the root. An error says what
-// is wrong. Nobody may write to the file meanwhile.
-func Walk(name string) error {
-	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+// is wrong; one in a [FreeListError] is no reason not to read the file, but
+// what is written to it may overwrite what is there. Nobody may write to the
+// file meanwhile.
+func Walk(f *os.File) error {
 	p := &pages{f: f}
 	root, err := p.start()
+	if err == nil {
+		err = p.tree(root, keyRange{})
+	}
 	if err != nil {
 		return err
 	}
-	return p.tree(root, keyRange{})
+	if err := p.freeList(); err != nil {
+		return &FreeListError{err}
+	}
+	return nil
 }
+
+// FreeListError says what is wrong with the list of free pages.
+type FreeListError struct{ Err error }
+
+func (e *FreeListError) Error() string { return "free list: " + e.Err.Error() }
+
+// Unwrap gives the reason.
+func (e *FreeListError) Unwrap() error { return e.Err }
 
 // start reads the two meta pages, which must both be valid, and returns the
 // root page by the newer one.
@@ -76,7 +88,7 @@ func (p *pages) start() (root uint64, err error) {
 		p.size = size
 		if tx := binary.NativeEndian.Uint64(m[48:]); i == 0 || tx > newest {
 			newest = tx
-			root, p.high = binary.NativeEndian.Uint64(m[16:]), binary.NativeEndian.Uint64(m[40:])
+			root, p.free, p.high = binary.NativeEndian.Uint64(m[16:]), binary.NativeEndian.Uint64(m[32:]), binary.NativeEndian.Uint64(m[40:])
 		}
 	}
 	if have := uint64(fi.Size() / p.size); have < p.high {
@@ -129,9 +141,38 @@ func (p *pages) use(id uint64) error {
 	return nil
 }
 
-// keyRange is where the keys of a page have to lie to be found. The first is
-// from itself: that is how bbolt finds the page in its parent.
-type keyRange struct{ from, until []byte } // nil: any; to the end
+// freeList holds the list of free pages against those that the walk came to:
+// each page is one or the other.
+func (p *pages) freeList() error {
+	if p.free == noFreeList {
+		return nil
+	}
+	flags, count, data, err := p.read(p.free)
+	if err != nil {
+		return err
+	}
+	ids, n := data[pageHeader:], uint64(count)
+	if n == 0xFFFF { // the number stands before the first
+		n, ids = binary.NativeEndian.Uint64(ids), ids[8:]
+	}
+	if flags != freePage || n > uint64(len(ids))/8 {
+		return fmt.Errorf("page %d has the type %#x and %d entries", p.free, flags, n)
+	}
+	for i := range n {
+		if err := p.use(binary.NativeEndian.Uint64(ids[8*i:])); err != nil {
+			return err
+		}
+	}
+	for id := uint64(2); id < p.high; id++ {
+		if p.seen[id/64]&(1<<(id%64)) == 0 {
+			return fmt.Errorf("page %d is neither used nor free", id)
+		}
+	}
+	return nil
+}
+
+// keyRange is where the keys of a page have to lie to be found.
+type keyRange struct{ from, until []byte } // no until: to the end
 
 // has tells whether a page may have the key as its i-th.
 func (r keyRange) has(i int, key []byte) bool {

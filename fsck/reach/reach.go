@@ -5,6 +5,7 @@ package reach
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
@@ -16,28 +17,75 @@ import (
 // ErrNotRegular is what Regular finds instead of a regular file.
 var ErrNotRegular = errors.New("not a regular file")
 
+// beneath opens a name below an open directory. No link is followed, at its
+// end or on the way, so nothing outside is ever reached. With AT_FDCWD the name
+// is a path that the caller vouches for, but for its end.
+func beneath(dirfd int, name string, flags int) (*os.File, error) {
+	how := unix.OpenHow{Flags: uint64(flags | unix.O_NOFOLLOW | unix.O_CLOEXEC)}
+	if dirfd != unix.AT_FDCWD {
+		how.Resolve = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS
+	}
+	for {
+		fd, err := unix.Openat2(dirfd, name, &how)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+		}
+		return os.NewFile(uintptr(fd), name), nil
+	}
+}
+
+// Missing tells whether an error says that something is not there, or that the
+// way to it is no directory or leads through a link.
+func Missing(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
+}
+
+// Stat describes what stands at a name: a link is a link.
+func Stat(dirfd int, name string) (fs.FileInfo, error) {
+	f, err := beneath(dirfd, name, unix.O_PATH)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Stat()
+}
+
 // Regular opens a file for reading if it is a regular one. Nothing else is
 // ever opened: a link leads elsewhere, opening a fifo waits, and opening a
 // device does things. dirfd is as for openat(2).
 func Regular(dirfd int, name string) (*os.File, error) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(dirfd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return nil, &fs.PathError{Op: "stat", Path: name, Err: err}
+	f, err := beneath(dirfd, name, unix.O_PATH)
+	if err != nil {
+		return nil, err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, &fs.PathError{Op: "open", Path: name, Err: ErrNotRegular}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
 	}
-	full := within(dirfd, name)
-	f, err := os.OpenFile(full, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOATIME, 0)
+	if !fi.Mode().IsRegular() {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: fmt.Errorf("%w but %v", ErrNotRegular, fi.Mode().Type())}
+	}
+	return Again(f)
+}
+
+// Again opens an open file once more, for reading, whatever has its name by
+// now.
+func Again(f *os.File) (*os.File, error) {
+	itself := "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
+	again, err := os.OpenFile(itself, os.O_RDONLY|unix.O_NOATIME, 0)
 	if errors.Is(err, unix.EPERM) { // O_NOATIME is for the file's owner
-		f, err = os.OpenFile(full, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		again, err = os.OpenFile(itself, os.O_RDONLY, 0)
 	}
-	return f, err
+	return again, err
 }
 
 // Dir opens a directory.
 func Dir(dirfd int, name string) (*os.File, error) {
-	return os.OpenFile(within(dirfd, name), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	return beneath(dirfd, name, unix.O_RDONLY|unix.O_DIRECTORY)
 }
 
 // XattrSpace is how long Xattrs' buffer has to be: XATTR_LIST_MAX and
@@ -70,7 +118,7 @@ func Xattrs(dirfd int, name string, buf []byte, keep func(name string) bool) (ma
 }
 
 // within is a path to a name in an open directory, for what has no *at form:
-// xattrs before Linux 6.13, and os.OpenFile.
+// xattrs before Linux 6.13.
 func within(dirfd int, name string) string {
 	if dirfd == unix.AT_FDCWD {
 		return name

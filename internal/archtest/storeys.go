@@ -50,6 +50,7 @@ var rules = []rule{
 	{"cmd/varve-runtime", "go.etcd.io/bbolt", "the shim never opens the store"},
 	{"cmd/varve", "github.com/opencontainers/runc", "libcontainer is in the shim's binary alone"},
 	{"layout", "os", "the law does no I/O"},
+	{"internal/corrupt", "varve.dev", "it is somebody outside, who knows of a store what its documentation says"},
 }
 
 // Print writes docs/ARCHITECTURE.md.
@@ -58,7 +59,7 @@ func Print(w io.Writer) {
 	for i, s := range storeys {
 		fmt.Fprintf(w, "| %d | `%s` | %s |\n", i, strings.Join(s.packages, "`, `"), s.owns)
 	}
-	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures, `internal/faultcall` lets system calls fail, `internal/powercut` cuts the power of a real file system; none of them knows varve; `internal/teststore` opens stores for tests and checks what they leave; `internal/crashtest` is the campaigns over a whole store.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
+	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures, `internal/faultcall` lets system calls fail, `internal/powercut` cuts the power of a real file system, `internal/corrupt` damages a store; none of them knows varve; `internal/teststore` opens stores for tests and checks what they leave; `internal/crashtest` and `internal/corrupttest` are the campaigns over a whole store; `internal/tables` writes what they measured into these pages.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
 	for _, r := range rules {
 		fmt.Fprintf(w, "| `%s` | `%s` | %s |\n", r.from, r.never, r.reason)
 	}

@@ -180,8 +180,8 @@ var powerCutTable = table{"power cuts", row{"file system", "image", "one run of 
 
 var plantedTable = table{"planted bugs", row{"file system", "calls that do nothing", "seen at", "first thing wrong"}}
 
-// row is the outcome for a table.
-func (o *outcome) row() row {
+// Row is the outcome for a table.
+func (o *outcome) Row() row {
 	moments, tails := map[powercut.Moment]int{}, map[powercut.Tail]int{}
 	for _, c := range o.cuts[:o.tried] {
 		moments[c.After]++

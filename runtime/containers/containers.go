@@ -93,7 +93,10 @@ func (s *Store) Create(ctx context.Context, image Image, spec runtime.Spec) (lay
 	if err := s.root.MkdirAll(dir, 0o700); err != nil {
 		return "", "", err
 	}
-	err = spec.Save(s.root.Path(dir))
+	config, err := spec.Encode()
+	if err == nil {
+		err = s.root.WriteFile(path.Join(dir, layout.ContainerConfig), config, 0o600)
+	}
 	if err == nil {
 		err = s.root.WriteFile(path.Join(dir, layout.ContainerImage), image.Config, 0o600)
 	}
