@@ -237,6 +237,13 @@ func hasData(dir string) bool {
 	})
 }
 
+// logSynced waits until the change log is durable, which takes a second, so that
+// the next commit leaves to it alone what came before.
+func logSynced(context.Context, *daemon.Engine) error {
+	time.Sleep(2 * time.Second)
+	return nil
+}
+
 // newStore makes the store that is damaged: images that share layers, from a
 // registry and built here, with a cache, a container, and what is unfinished.
 func (p place) newStore(t *testing.T) (dir string) {
@@ -245,7 +252,8 @@ func (p place) newStore(t *testing.T) (dir string) {
 	p.work(t, dir,
 		p.pull(awkwardName), p.pull(stackedName), tag(p.ref(stackedName), "kept:1"), p.pull(smallName),
 		p.build("built:1", 1), p.build("built:2", 2), create("built:1", "worker"), commit("worker", "made:1"),
-		create(p.ref(smallName), "other"), p.pull(indexName), p.cutOff(t, dir, restName, rest(t)), tag("made:1", "made:again"),
+		create(p.ref(smallName), "other"), p.pull(indexName), p.cutOff(t, dir, restName, rest(t)),
+		logSynced, tag("made:1", "made:again"),
 	)
 	return dir
 }
