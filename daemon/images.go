@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -84,11 +85,14 @@ func (e *Engine) Pull(ctx context.Context, req varve.PullRequest, progress func(
 		if err != nil {
 			return err
 		}
+		out = summaryOf(familiar(pulled.Name), pulled.Summary)
 		d, err := e.images.Inspect(ctx, pulled.Name)
+		if errors.Is(err, errdefs.ErrNotFound) {
+			return nil // pulled, and since removed by somebody else
+		}
 		if err != nil {
 			return err
 		}
-		out = summaryOf(familiar(pulled.Name), d.Summary)
 		return e.usable(ctx, d)
 	})
 	return out, err

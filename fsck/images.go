@@ -94,7 +94,7 @@ func (c *checker) imageContent(f found) {
 			if c.exists(layout.BlobNode(layout.BlobDigest(l.Digest))) {
 				continue
 			}
-			if known && c.rec.layerKeys[layout.DiffKey(layout.DiffID(image.RootFS.DiffIDs[i]))] != "" {
+			if known && len(c.rec.layerKeys[layout.DiffKey(layout.DiffID(image.RootFS.DiffIDs[i]))]) > 0 {
 				continue
 			}
 			f(object, "", "layer %s of manifest %s is neither recorded nor unpacked", l.Digest, d)

@@ -3,6 +3,7 @@ package fsck
 import (
 	"fmt"
 	"path"
+	"slices"
 
 	"varve.dev/layout"
 )
@@ -36,21 +37,27 @@ func (c *checker) layerNamed(f found) {
 	}
 }
 
-// layerKey: L5. Of two layers with one key the index names either.
+// layerKey: L5.
 func (c *checker) layerKey(f found) {
-	for key, id := range c.rec.layerKeys {
-		rec, ok := c.rec.layers[id]
-		switch {
-		case !ok && !c.exists(layout.LayerNode(id)):
-			f(fmt.Sprintf("layer key %q", key), "", "its layer %s is not recorded", id)
-		case ok && rec.Key() != key:
-			f(fmt.Sprintf("layer key %q", key), "", "its layer %s has the key %q", id, rec.Key())
+	for key, ids := range c.rec.layerKeys {
+		object := fmt.Sprintf("layer key %q", key)
+		if len(ids) == 0 {
+			f(object, "", "it names no layer")
+		}
+		for _, id := range ids {
+			rec, ok := c.rec.layers[id]
+			switch {
+			case !ok && !c.exists(layout.LayerNode(id)):
+				f(object, "", "its layer %s is not recorded", id)
+			case ok && rec.Key() != key:
+				f(object, "", "its layer %s has the key %q", id, rec.Key())
+			}
 		}
 	}
 	for id, rec := range c.rec.layers {
 		key := rec.Key()
-		if _, ok := c.rec.layerKeys[key]; key != "" && !ok && !c.rec.unreadable[layout.BucketLayerKeys+"/"+key] {
-			f(layerObject(id), "", "nothing has its key %q", key)
+		if key != "" && !slices.Contains(c.rec.layerKeys[key], id) && !c.rec.unreadable[layout.BucketLayerKeys+"/"+key] {
+			f(layerObject(id), "", "its key %q does not name it", key)
 		}
 	}
 }

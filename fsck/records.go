@@ -22,7 +22,7 @@ import (
 type records struct {
 	blobs      map[layout.BlobDigest]layout.BlobRecord
 	layers     map[layout.LayerID]layout.LayerRecord
-	layerKeys  map[string]layout.LayerID
+	layerKeys  map[string]layout.LayerIDs
 	snapshots  map[layout.SnapshotKey]layout.SnapshotRecord
 	images     map[string]layout.ImageRecord
 	containers map[layout.ContainerID]layout.ContainerRecord
@@ -46,7 +46,7 @@ type records struct {
 func newRecords() *records {
 	return &records{
 		blobs: map[layout.BlobDigest]layout.BlobRecord{}, layers: map[layout.LayerID]layout.LayerRecord{},
-		layerKeys: map[string]layout.LayerID{}, snapshots: map[layout.SnapshotKey]layout.SnapshotRecord{},
+		layerKeys: map[string]layout.LayerIDs{}, snapshots: map[layout.SnapshotKey]layout.SnapshotRecord{},
 		images: map[string]layout.ImageRecord{}, containers: map[layout.ContainerID]layout.ContainerRecord{},
 		leases: map[layout.LeaseID]layout.LeaseRecord{}, cache: map[string]layout.CacheRecord{},
 		byUse: map[string][]time.Time{}, edges: map[layout.Edge]bool{}, back: map[layout.Edge]bool{},

@@ -29,8 +29,9 @@ type PullOptions struct {
 
 // Pulled is what a pull ended with.
 type Pulled struct {
-	Name   string
-	Target ocispec.Descriptor // what the registry has under the name
+	Name string
+	// Summary is the image that the registry has under the name.
+	Summary
 	// Fresh is false when everything was there and the name stood for it
 	// already.
 	Fresh bool
@@ -65,7 +66,8 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 	if err != nil {
 		return Pulled{}, fmt.Errorf("pull %s: %w", ref.Familiar(), err)
 	}
-	done := Pulled{Name: ref.String(), Target: target}
+	done := Pulled{Name: ref.String(), Summary: Summary{Target: target, Names: []string{ref.String()}}}
+	done.fill(p)
 	if whole, err := s.isWhole(ctx, ref.String(), p); err != nil {
 		return done, err
 	} else if whole {

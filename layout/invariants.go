@@ -50,7 +50,7 @@ func Invariants() []Invariant {
 		{"L2", Leak, Quick, "A directory in layers is named by a record, a sweep or an intent, and has nothing in it but the tree.", "to the trash"},
 		{"L3", Loss, Normal, "A recorded layer's file manifest is a recorded blob and decodes.", "walk the tree, or unpack it again"},
 		{"L4", Loss, Deep, "A layer's tree equals its file manifest: type, mode, owner, time, size, xattrs, link target, hardlinks, device and content of every file; nothing more and nothing less.", "replace the file from the layer's blob or from another layer with the same content"},
-		{"L5", Damage, Normal, "A layer key names a recorded layer whose record has that key, and every layer with a key is named by it.", "write the index again"},
+		{"L5", Damage, Normal, "A layer key names recorded layers whose records have that key, and every layer with a key is named by it.", "write the index again"},
 		{"L6", Damage, Normal, "A layer's recorded size and inodes are those of its file manifest.", "compute them again"},
 
 		{"S1", Loss, Quick, "A snapshot's parent is a recorded committed snapshot, and following parents ends.", "none: the chain is lost below"},

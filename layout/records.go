@@ -17,7 +17,7 @@ const (
 	BucketMeta       = "meta"       // [MetaRecord] under the key "store"
 	BucketBlobs      = "blobs"      // BlobDigest → [BlobRecord]
 	BucketLayers     = "layers"     // LayerID → [LayerRecord]
-	BucketLayerKeys  = "layerkeys"  // "diff:"+DiffID or "chain:"+ChainID → LayerID
+	BucketLayerKeys  = "layerkeys"  // "diff:"+DiffID or "chain:"+ChainID → [LayerIDs]
 	BucketSnapshots  = "snapshots"  // SnapshotKey → [SnapshotRecord]
 	BucketImages     = "images"     // name → [ImageRecord]
 	BucketContainers = "containers" // ContainerID → [ContainerRecord]
@@ -97,6 +97,28 @@ type LayerRecord struct {
 	// another stream of the same files.
 	Export       *ocispec.Descriptor `json:"export,omitempty"`
 	ExportDiffID DiffID              `json:"exportDiffID,omitempty"`
+}
+
+// LayerIDs are the layers that have one key. There is one, and it is written as
+// such, but for steps of builds that made the same tree and learned so when
+// they were exported.
+type LayerIDs []LayerID
+
+// MarshalJSON implements json.Marshaler.
+func (ids LayerIDs) MarshalJSON() ([]byte, error) {
+	if len(ids) == 1 {
+		return json.Marshal(ids[0])
+	}
+	return json.Marshal([]LayerID(ids))
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (ids *LayerIDs) UnmarshalJSON(data []byte) error {
+	if len(data) > 0 && data[0] == '[' {
+		return json.Unmarshal(data, (*[]LayerID)(ids))
+	}
+	*ids = make(LayerIDs, 1)
+	return json.Unmarshal(data, &(*ids)[0])
 }
 
 // SnapshotKind tells what may be done with a snapshot.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -31,17 +32,17 @@ func (tx *Tx) Unused(n layout.Node, path string) (bool, error) {
 	return true, tx.Sweep(n, path)
 }
 
-// FixLayerKey makes a key lead to a layer that has it: to the one that it leads
-// to if that is so, else to none. Layers that lack theirs get it by PutLayer.
+// FixLayerKey makes a key lead only to layers that have it. Those that lack
+// theirs get it by PutLayer.
 func (tx *Tx) FixLayerKey(key string) error {
-	_, rec, err := tx.LayerByKey(key)
-	if err == nil && rec.Key() == key {
-		return nil
-	}
-	if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+	ids, err := tx.layersOf(key)
+	if err != nil {
 		return err
 	}
-	return tx.layerKeys().Delete(key)
+	return tx.nameLayers(key, slices.DeleteFunc(ids, func(id layout.LayerID) bool {
+		rec, err := tx.Layers().Get(id)
+		return errors.Is(err, errdefs.ErrNotFound) || err == nil && rec.Key() != key
+	}))
 }
 
 // DropCache removes a cache record with all its places by last use, those that

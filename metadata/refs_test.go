@@ -303,3 +303,23 @@ func TestApplyTwiceAndTwins(t *testing.T) {
 		return nil
 	})
 }
+
+// TestLayersOfOneKey has two trees with one key, as builds make them: each is
+// found while it is there.
+func TestLayersOfOneKey(t *testing.T) {
+	db := newDB(t)
+	rec := layout.LayerRecord{DiffID: layout.DiffID(fmt.Sprintf("sha256:%064x", 1))}
+	doUpdate(t, db, func(tx *Tx) error {
+		return errors.Join(tx.PutLayer(layerID(1), rec), tx.PutLayer(layerID(2), rec), tx.PutLayer(layerID(1), rec))
+	})
+	for _, c := range []struct{ gone, left layout.LayerID }{{"", layerID(1)}, {layerID(1), layerID(2)}, {layerID(2), ""}} {
+		doUpdate(t, db, func(tx *Tx) error { return tx.Drop(layout.LayerNode(c.gone)) })
+		view(t, db, func(tx *Tx) error {
+			got, _, err := tx.LayerByKey(rec.Key())
+			if got != c.left || errors.Is(err, errdefs.ErrNotFound) != (c.left == "") {
+				t.Errorf("without layer %q: the key leads to %q, %v", c.gone, got, err)
+			}
+			return nil
+		})
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -62,8 +63,8 @@ func (tx *Tx) Sweeps() Table[string, layout.SweepRecord] {
 	return table[string, layout.SweepRecord](tx, layout.BucketSweeps)
 }
 
-func (tx *Tx) layerKeys() Table[string, layout.LayerID] {
-	return table[string, layout.LayerID](tx, layout.BucketLayerKeys)
+func (tx *Tx) layerKeys() Table[string, layout.LayerIDs] {
+	return table[string, layout.LayerIDs](tx, layout.BucketLayerKeys)
 }
 
 func (tx *Tx) metas() Table[string, layout.MetaRecord] {
@@ -138,40 +139,62 @@ func (t Table[K, R]) Each(prefix string, fn func(K, R) error) error {
 	return nil
 }
 
-// PutLayer stores a layer's record and its place in the index (L5). A layer
-// that has the same key already keeps it: the caller finds that one with
-// [Tx.LayerByKey] first.
+// PutLayer stores a layer's record and its place in the index (L5).
 func (tx *Tx) PutLayer(id layout.LayerID, rec layout.LayerRecord) error {
 	if err := tx.Layers().Put(id, rec); err != nil {
 		return err
 	}
-	if key := rec.Key(); key != "" && !tx.layerKeys().Has(key) {
-		return tx.layerKeys().Put(key, id)
-	}
-	return nil
-}
-
-// LayerByKey returns the layer with this key (layout.DiffKey, layout.ChainKey).
-// Errors: ErrNotFound, Corrupt.
-func (tx *Tx) LayerByKey(key string) (layout.LayerID, layout.LayerRecord, error) {
-	id, err := tx.layerKeys().Get(key)
-	if err != nil {
-		return "", layout.LayerRecord{}, err
-	}
-	rec, err := tx.Layers().Get(id)
-	return id, rec, err
-}
-
-// dropLayerKey takes the layer's place in the index away, if it has it.
-func (tx *Tx) dropLayerKey(id layout.LayerID, rec layout.LayerRecord) error {
 	key := rec.Key()
 	if key == "" {
 		return nil
 	}
-	if holder, err := tx.layerKeys().Get(key); err != nil || holder != id {
+	ids, err := tx.layersOf(key)
+	if err != nil || slices.Contains(ids, id) {
+		return err
+	}
+	return tx.layerKeys().Put(key, append(ids, id))
+}
+
+// LayerByKey returns a layer with this key (layout.DiffKey, layout.ChainKey).
+// Errors: ErrNotFound, Corrupt.
+func (tx *Tx) LayerByKey(key string) (layout.LayerID, layout.LayerRecord, error) {
+	ids, err := tx.layerKeys().Get(key)
+	if err == nil && len(ids) == 0 {
+		err = &errdefs.Corrupt{Invariant: "L5", Object: fmt.Sprintf("layer key %q", key), Detail: "it names no layer"}
+	}
+	if err != nil {
+		return "", layout.LayerRecord{}, err
+	}
+	rec, err := tx.Layers().Get(ids[0])
+	return ids[0], rec, err
+}
+
+// layersOf returns the layers that the index has under key.
+func (tx *Tx) layersOf(key string) (layout.LayerIDs, error) {
+	ids, err := tx.layerKeys().Get(key)
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return nil, nil
+	}
+	return ids, err
+}
+
+// nameLayers makes ids the layers of a key.
+func (tx *Tx) nameLayers(key string, ids layout.LayerIDs) error {
+	if len(ids) == 0 {
+		return tx.layerKeys().Delete(key)
+	}
+	return tx.layerKeys().Put(key, ids)
+}
+
+// dropLayerKey takes the layer's place in the index away, if it has it. An
+// index entry that cannot be read is left to fsck.
+func (tx *Tx) dropLayerKey(id layout.LayerID, rec layout.LayerRecord) error {
+	key := rec.Key()
+	ids, err := tx.layersOf(key)
+	if err != nil || !slices.Contains(ids, id) {
 		return nil
 	}
-	return tx.layerKeys().Delete(key)
+	return tx.nameLayers(key, slices.DeleteFunc(ids, func(other layout.LayerID) bool { return other == id }))
 }
 
 // put stores an entry, and remove takes one away: every entry of the database,
