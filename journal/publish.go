@@ -244,6 +244,9 @@ func (j *Journal) moveOnce(from, to string) error {
 	if !errors.Is(err, errdefs.ErrNotFound) {
 		return err
 	}
+	if _, serr := os.Lstat(j.root.Path(from)); serr == nil {
+		return err // what is missing is the folder to move it to
+	}
 	if _, serr := os.Lstat(j.root.Path(to)); serr != nil {
 		return fmt.Errorf("%s was to become %s: %w", from, to, errNowhere)
 	}

@@ -35,7 +35,7 @@ func (j *Journal) Kick() {
 // next owner if not by this one.
 func (j *Journal) Drain(ctx context.Context) error {
 	j.Kick()
-	for {
+	for ours := false; ; ours = true {
 		j.mu.Lock()
 		idle, round := j.idle, j.swept
 		j.mu.Unlock()
@@ -47,8 +47,11 @@ func (j *Journal) Drain(ctx context.Context) error {
 			j.mu.Lock()
 			err := j.sweepErr
 			j.mu.Unlock()
-			if err != nil {
+			if err != nil && ours {
 				return fmt.Errorf("delete what was removed: %w", err)
+			}
+			if err != nil {
+				j.Kick() // the round may have begun before the call
 			}
 		case <-ctx.Done():
 			return ctx.Err()
