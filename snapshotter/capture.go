@@ -25,6 +25,11 @@ func (s *Snapshotter) Capture(ctx context.Context, holder layout.Node, name, fro
 	if rec.Kind != layout.SnapshotActive {
 		return fmt.Errorf("capture snapshot %q: it is not active but %s: %w", from, rec.Kind, errdefs.ErrFailedPrecondition)
 	}
+	dir := s.root.Path(activeTree(rec.Layer))
+	files, err := layer.Walk(ctx, dir, layer.WalkOptions{})
+	if err != nil {
+		return fmt.Errorf("capture snapshot %q: %w", from, err)
+	}
 	work := layout.SnapshotKey("capture:" + layout.NewID())
 	if err := s.PrepareFor(ctx, holder, work, rec.Parent); err != nil {
 		return err
@@ -34,22 +39,6 @@ func (s *Snapshotter) Capture(ctx context.Context, holder layout.Node, name, fro
 			_ = s.RemoveFor(context.WithoutCancel(ctx), holder, work) // its holder's end does it too
 		}
 	}()
-	err = s.copyTo(ctx, work, s.root.Path(activeTree(rec.Layer)))
-	if _, gone := s.record(ctx, from); gone != nil {
-		err = gone // removed meanwhile: what was read of it is anything
-	}
-	if err != nil {
-		return fmt.Errorf("capture snapshot %q: %w", from, err)
-	}
-	return s.CommitFor(ctx, holder, name, work, nil)
-}
-
-// copyTo fills an active snapshot with what stands in dir.
-func (s *Snapshotter) copyTo(ctx context.Context, work layout.SnapshotKey, dir string) error {
-	files, err := layer.Walk(ctx, dir, layer.WalkOptions{})
-	if err != nil {
-		return err
-	}
 	stream, in := io.Pipe()
 	read := make(chan struct{})
 	go func() {
@@ -59,5 +48,8 @@ func (s *Snapshotter) copyTo(ctx context.Context, work layout.SnapshotKey, dir s
 	err = s.Fill(ctx, work, stream)
 	stream.CloseWithError(err)
 	<-read
-	return err
+	if err != nil {
+		return fmt.Errorf("capture snapshot %q: %w", from, err)
+	}
+	return s.CommitFor(ctx, holder, name, work, nil)
 }
