@@ -38,6 +38,10 @@ func (b *Builder) Commit(ctx context.Context, req CommitRequest) (Result, error)
 		return Result{}, err
 	}
 	defer s.end()
+	// Its container may be removed meanwhile.
+	if err := s.hold(ctx, []layout.SnapshotKey{req.Snapshot}); err != nil {
+		return Result{}, err
+	}
 	top := layout.SnapshotKey("commit:" + layout.NewID())
 	if err := b.Snaps.Capture(ctx, s.lease.Node(), top, req.Snapshot); err != nil {
 		return Result{}, err

@@ -169,15 +169,9 @@ func (s *session) lookup(ctx context.Context, v *vertex, key string) (outputs, b
 		return outputs{}, false, err
 	}
 	err = s.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {
-		var nodes []layout.Node
-		for _, snap := range out.snapshots {
-			if snap == "" {
-				continue
-			}
-			if !tx.Snapshots().Has(snap) {
-				return nil, fmt.Errorf("snapshot %q: %w", snap, errdefs.ErrNotFound)
-			}
-			nodes = append(nodes, layout.SnapshotNode(snap))
+		nodes, err := nodesOf(tx, out.snapshots)
+		if err != nil {
+			return nil, err
 		}
 		return nodes, tx.TouchCache(out.key, time.Now().UTC())
 	})
@@ -207,15 +201,24 @@ func (s *session) peek(ctx context.Context, key string) (out outputs, ok bool, e
 	return out, ok, err
 }
 
+// hold keeps snapshots until the session ends. Errors: ErrNotFound for one that
+// was removed before.
 func (s *session) hold(ctx context.Context, snaps []layout.SnapshotKey) error {
-	return s.lease.Hold(ctx, func(tx *metadata.Tx) (nodes []layout.Node, err error) {
-		for _, snap := range snaps {
-			if snap != "" {
-				nodes = append(nodes, layout.SnapshotNode(snap))
-			}
+	return s.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) { return nodesOf(tx, snaps) })
+}
+
+// nodesOf are snapshots, which have to exist; "" stands for none.
+func nodesOf(tx *metadata.Tx, snaps []layout.SnapshotKey) (nodes []layout.Node, err error) {
+	for _, snap := range snaps {
+		if snap == "" {
+			continue
 		}
-		return nodes, nil
-	})
+		if !tx.Snapshots().Has(snap) {
+			return nil, fmt.Errorf("snapshot %q: %w", snap, errdefs.ErrNotFound)
+		}
+		nodes = append(nodes, layout.SnapshotNode(snap))
+	}
+	return nodes, nil
 }
 
 // inputs solves what is below a vertex, in parallel.
