@@ -42,24 +42,37 @@ func (s *session) solve(ctx context.Context, g *graph, e edge) (layout.SnapshotK
 	return out.snapshots[e.output], nil
 }
 
-// vertex solves a vertex once in this build, however many want it.
+// vertex solves a vertex once in this build, however many want it. If the first
+// was called off, because something beside it failed, it has no result and the
+// next one tries itself: its error must be the failure, not the calling off.
 func (s *session) vertex(ctx context.Context, g *graph, d digest.Digest) (outputs, error) {
-	s.mu.Lock()
-	run, known := s.memo[d]
-	if !known {
-		run = &vertexRun{done: make(chan struct{})}
-		s.memo[d] = run
-	}
-	s.mu.Unlock()
-	if !known {
-		run.out, run.err = s.vertexOnce(ctx, g, g.vertices[d])
-		close(run.done)
-	}
-	select {
-	case <-run.done:
-		return run.out, run.err
-	case <-ctx.Done():
-		return outputs{}, ctx.Err()
+	for {
+		s.mu.Lock()
+		run, known := s.memo[d]
+		if !known {
+			run = &vertexRun{done: make(chan struct{})}
+			s.memo[d] = run
+		}
+		s.mu.Unlock()
+		if !known {
+			run.out, run.err = s.vertexOnce(ctx, g, g.vertices[d])
+			s.mu.Lock()
+			if errors.Is(run.err, context.Canceled) {
+				delete(s.memo, d)
+			}
+			s.mu.Unlock()
+			close(run.done)
+			return run.out, run.err
+		}
+		select {
+		case <-run.done:
+			if errors.Is(run.err, context.Canceled) && ctx.Err() == nil {
+				continue
+			}
+			return run.out, run.err
+		case <-ctx.Done():
+			return outputs{}, ctx.Err()
+		}
 	}
 }
 

@@ -15,7 +15,9 @@ import (
 // whoever makes it; false if it changes nothing, or nothing with a name.
 func (c call) target(n notice) (string, bool) {
 	if c.path == none {
-		return n.opened(int32(n.args[c.file]))
+		fd := int32(n.args[c.file])
+		path, ok := n.opened(fd)
+		return path, ok && !n.isPipe(fd)
 	}
 	name, ok := n.text(n.args[c.path])
 	if !ok {
@@ -52,6 +54,13 @@ func (c call) creates(n notice, path string) bool {
 func (n notice) opened(fd int32) (string, bool) {
 	path, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", n.thread, fd))
 	return path, err == nil && strings.HasPrefix(path, "/")
+}
+
+// isPipe tells whether an open file is a fifo: what is written to one is on no
+// disk, and changes no file.
+func (n notice) isPipe(fd int32) bool {
+	fi, err := os.Stat(fmt.Sprintf("/proc/%d/fd/%d", n.thread, fd))
+	return err == nil && fi.Mode()&os.ModeNamedPipe != 0
 }
 
 // resolve makes an absolute path of a name in the directory that argument dir
