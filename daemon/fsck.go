@@ -76,7 +76,7 @@ func (e *Engine) check(ctx context.Context, req varve.FsckRequest, progress func
 		return nil, err
 	}
 	return fsck.Run(ctx, fsck.Options{
-		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(), Progress: slowly(progress),
+		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(), Rate: req.Rate, Progress: slowly(progress),
 	})
 }
 
@@ -126,7 +126,7 @@ func look(ctx context.Context, root string) *fsck.Report {
 
 // CheckClosed checks a store that cannot be opened. Errors as fsck.Run.
 func CheckClosed(ctx context.Context, root string, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
-	report, err := fsck.Run(ctx, fsck.Options{Root: root, Level: layout.Level(req.Level), Progress: slowly(progress)})
+	report, err := fsck.Run(ctx, fsck.Options{Root: root, Level: layout.Level(req.Level), Rate: req.Rate, Progress: slowly(progress)})
 	if err != nil {
 		return varve.FsckReport{}, err
 	}

@@ -136,12 +136,16 @@ func (c *checker) hash(dirfd int, name string) (sum string, err error) {
 		return "", err
 	}
 	defer file.Close()
-	h, buf := sha256.New(), make([]byte, 128<<10)
+	h, buf := sha256.New(), make([]byte, burst)
 	for {
 		if err := c.ctx.Err(); err != nil {
 			return "", err
 		}
 		n, err := file.Read(buf)
+		if c.limit.WaitN(c.ctx, n) != nil {
+			<-c.ctx.Done() // which may have been foreseen
+			return "", c.ctx.Err()
+		}
 		h.Write(buf[:n])
 		if now := c.bytes.Add(int64(n)); c.opts.Progress != nil && n > 0 {
 			c.opts.Progress(now, max(now, c.total))

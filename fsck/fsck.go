@@ -16,6 +16,7 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -37,12 +38,18 @@ type Options struct {
 	// operations under way. Empty: the kernel is asked. Only online.
 	Boot    string
 	Workers int // for deep checks; 0 means one for each processor, at most 4
+	// Rate is how many bytes a second all workers of a deep check read and
+	// hash together, at most; 0 means as many as they can.
+	Rate int64
 	// Progress is told of bytes read and to read, from several goroutines.
 	// May be nil.
 	Progress func(done, total int64)
 }
 
 const maxWorkers = 4
+
+// burst is what is read at once when the rate is limited.
+const burst = 128 << 10
 
 // Run checks a store. An error means that the check could not take place:
 // ErrNotFound for no store, ErrUnavailable for one that is open elsewhere or
@@ -54,7 +61,10 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 		return nil, err
 	}
 	report := &Report{Root: opts.Root, Level: opts.Level, Findings: []Finding{}, Started: time.Now().UTC()}
-	c := &checker{ctx: ctx, opts: opts}
+	c := &checker{ctx: ctx, opts: opts, limit: rate.NewLimiter(rate.Inf, burst)}
+	if opts.Rate > 0 {
+		c.limit.SetLimit(rate.Limit(opts.Rate))
+	}
 	err := c.run()
 	if err == nil && c.online() && len(c.findings) > 0 {
 		err = c.again()
@@ -83,6 +93,9 @@ func (o *Options) fill() error {
 	if o.Online && o.DB == nil {
 		return fmt.Errorf("fsck: a store in use is checked through its open database: %w", errdefs.ErrInvalidArgument)
 	}
+	if o.Rate < 0 {
+		return fmt.Errorf("fsck: a rate of %d bytes a second: %w", o.Rate, errdefs.ErrInvalidArgument)
+	}
 	if o.Workers <= 0 {
 		o.Workers = min(runtime.GOMAXPROCS(0), maxWorkers)
 	}
@@ -102,8 +115,10 @@ type checker struct {
 	opts Options
 	root *os.File // the store's directory
 	dirs dirs
-	db   *bolt.DB // of a closed store, open to keep it closed to others
-	rec  *records // nil: the database is too damaged
+
+	limit *rate.Limiter // of what is read
+	db    *bolt.DB      // of a closed store, open to keep it closed to others
+	rec   *records      // nil: the database is too damaged
 
 	damage    []damage // what load found, for M1 to M3
 	manifests map[layout.LayerID]summary
@@ -188,7 +203,7 @@ func (c *checker) again() error {
 	case <-c.ctx.Done():
 		return c.ctx.Err()
 	}
-	second := &checker{ctx: c.ctx, opts: c.opts, only: map[string]bool{}}
+	second := &checker{ctx: c.ctx, opts: c.opts, limit: c.limit, only: map[string]bool{}}
 	second.opts.Progress = nil
 	for _, f := range c.findings {
 		second.only[f.Object] = true

@@ -2,6 +2,7 @@ package fsck_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"maps"
@@ -349,5 +350,32 @@ func TestWhatCannotBeChecked(t *testing.T) {
 	s.open(t)
 	if _, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir}); !errors.Is(err, errdefs.ErrUnavailable) {
 		t.Errorf("open elsewhere: %v", err)
+	}
+}
+
+// TestRate has a check read no faster than it may, and be called off while it
+// waits, which is no finding.
+func TestRate(t *testing.T) {
+	s := makeStore(t)
+	s.in(t, func(tx *bolt.Tx) error {
+		large := s.addBlob(t, tx, make([]byte, 1<<20))
+		link(t, tx, layout.ImageNode("image"), layout.RelContent, layout.BlobNode(large))
+		return nil
+	})
+	const rate = 2 << 20
+	began := time.Now()
+	report, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep, Rate: rate})
+	must(t, err)
+	const burst = 128 << 10 // which may be read at once
+	if took, least := time.Since(began), time.Duration(report.Bytes-burst)*time.Second/rate; took < least || report.Bytes < 1<<20 {
+		t.Errorf("%d bytes in %v, at least %v at %d a second", report.Bytes, took, least, rate)
+	}
+	soon, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := fsck.Run(soon, fsck.Options{Root: s.dir, Level: layout.Deep, Rate: 1 << 10}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("called off: %v", err)
+	}
+	if _, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Rate: -1}); !errors.Is(err, errdefs.ErrInvalidArgument) {
+		t.Errorf("a negative rate: %v", err)
 	}
 }

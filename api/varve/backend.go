@@ -244,6 +244,8 @@ type FsckRequest struct {
 	// makes the plan and carries nothing out.
 	Repair bool `json:"repair,omitempty"`
 	Plan   bool `json:"plan,omitempty"`
+	// Rate is how many bytes a second a deep check reads at most; 0: no limit.
+	Rate int64 `json:"rate,omitempty"`
 	// Registry says how to talk to the registries that blobs came from.
 	Registry
 }

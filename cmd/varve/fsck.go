@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"text/tabwriter"
 
+	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
 	"varve.dev/api/varve"
@@ -18,6 +19,7 @@ const couldNotRun = 3
 
 func newFsck(g *globals) *cobra.Command {
 	var deep, quick, asJSON, list, repair, dryRun bool
+	var rate string
 	var registry registryFlags
 	var of foreignStore
 	cmd := &cobra.Command{
@@ -56,6 +58,11 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 				return err
 			}
 			request := varve.FsckRequest{Level: string(level), Repair: repair && !dryRun, Plan: dryRun, Registry: reach}
+			if rate != "" {
+				if request.Rate, err = units.FromHumanSize(rate); err != nil || request.Rate <= 0 {
+					return errUsage("fsck: --rate %q is no number of bytes a second, such as 50MB", rate)
+				}
+			}
 			code := couldNotRun
 			check := func(ctx context.Context, run checkFunc) error {
 				show := newProgress(cmd.ErrOrStderr(), asJSON)
@@ -95,6 +102,7 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the report as JSON")
 	cmd.Flags().BoolVar(&repair, "repair", false, "make whole what is found, and check again")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what --repair would do")
+	cmd.Flags().StringVar(&rate, "rate", "", "read at most this many bytes a second, such as 50MB")
 	registry.add(cmd)
 	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and its repair")
 	of.add(cmd)

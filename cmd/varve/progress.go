@@ -174,6 +174,7 @@ func (p *progress) line(n int, e varve.Event, width int) string {
 		full := int(barWidth * min(e.Current, e.Total) / e.Total)
 		s += fmt.Sprintf(" [%s%s] %s/%s", strings.Repeat("=", full), strings.Repeat(" ", barWidth-full),
 			units.HumanSize(float64(e.Current)), units.HumanSize(float64(e.Total)))
+		s += speed(e, time.Since(p.started[e.ID]))
 	} else if !ended(e.Phase) {
 		s += fmt.Sprintf(" %.1fs", time.Since(p.started[e.ID]).Seconds())
 	}
@@ -181,6 +182,21 @@ func (p *progress) line(n int, e varve.Event, width int) string {
 		s = string(r[:max(0, width-2)]) + "…"
 	}
 	return s
+}
+
+// settled is how long something has to be under way before its speed says when
+// it will end.
+const settled = 2 * time.Second
+
+// speed is how fast something goes and when it will have ended, for what has
+// been going for a while.
+func speed(e varve.Event, since time.Duration) string {
+	if since < settled || e.Current <= 0 || e.Current > e.Total {
+		return ""
+	}
+	rate := float64(e.Current) / since.Seconds()
+	left := time.Duration(float64(e.Total-e.Current) / rate * float64(time.Second))
+	return fmt.Sprintf(", %s/s, %s left", units.HumanSize(rate), left.Round(time.Second))
 }
 
 // finish leaves the last state on the screen.
