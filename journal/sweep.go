@@ -34,27 +34,27 @@ func (j *Journal) Kick() {
 // the deleting fails, or ctx ends. What is left is deleted later, by the store's
 // next owner if not by this one.
 func (j *Journal) Drain(ctx context.Context) error {
+	// The channel first: the round that the kick brings may end at once, and
+	// of a poisoned store it is the last.
+	round := j.sweepRound()
 	j.Kick()
 	for ours := false; ; ours = true {
-		j.mu.Lock()
-		idle, round := j.idle, j.swept
-		j.mu.Unlock()
-		if idle {
-			return nil
-		}
 		select {
 		case <-round:
-			j.mu.Lock()
-			err := j.sweepErr
-			j.mu.Unlock()
-			if err != nil && ours {
-				return fmt.Errorf("delete what was removed: %w", err)
-			}
-			if err != nil {
-				j.Kick() // the round may have begun before the call
-			}
 		case <-ctx.Done():
 			return ctx.Err()
+		}
+		j.mu.Lock()
+		idle, err := j.idle, j.sweepErr
+		round = j.swept
+		j.mu.Unlock()
+		switch {
+		case idle:
+			return nil
+		case err != nil && ours:
+			return fmt.Errorf("delete what was removed: %w", err)
+		case err != nil:
+			j.Kick() // that round may have begun before the call
 		}
 	}
 }
