@@ -21,6 +21,19 @@ const (
 	Deep   Level = "deep"   // every byte and every attribute
 )
 
+// Cost says what a check of the level reads, and so what its time grows with.
+func (l Level) Cost() string {
+	switch l {
+	case Quick:
+		return "the database, once, and the names of directories"
+	case Normal:
+		return "also the file manifests and the change log"
+	case Deep:
+		return "also every byte and every attribute of every file"
+	}
+	return ""
+}
+
 // Invariant is a sentence that holds for every store at every moment at which
 // no operation is under way, and after recovery from any crash.
 type Invariant struct {

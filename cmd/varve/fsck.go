@@ -104,7 +104,7 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what --repair would do")
 	cmd.Flags().StringVar(&rate, "rate", "", "read at most this many bytes a second, such as 50MB")
 	registry.add(cmd)
-	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and its repair")
+	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and what that costs, and its repair")
 	of.add(cmd)
 	return cmd
 }
@@ -141,5 +141,9 @@ func printLaw(cmd *cobra.Command) error {
 	for _, i := range layout.Invariants() {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", i.ID, i.Severity, i.Level, i.Holds, i.Repair)
 	}
+	for _, l := range []layout.Level{layout.Quick, layout.Normal, layout.Deep} {
+		fmt.Fprintf(w, "\n%s reads %s", l, l.Cost())
+	}
+	fmt.Fprintln(w)
 	return w.Flush()
 }

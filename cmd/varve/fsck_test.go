@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -69,5 +70,22 @@ func TestFsckOfAStoreThatDoesNotOpen(t *testing.T) {
 	}
 	if _, code := h.try("fsck", "--root", filepath.Join(t.TempDir(), "none", "such"), "--host", "unix:///none"); code != couldNotRun {
 		t.Errorf("nothing to check: exit code %d", code)
+	}
+}
+
+// The list has the whole law, and what each level costs.
+func TestFsckList(t *testing.T) {
+	cmd := newFsck(&globals{})
+	var out strings.Builder
+	cmd.SetOut(&out)
+	cmd.SetArgs([]string{"--list"})
+	if err := cmd.Execute(); err != nil {
+		t.Fatal(err)
+	}
+	for _, inv := range layout.Invariants() {
+		line := regexp.MustCompile(`(?m)^` + inv.ID + ` +` + string(inv.Severity) + ` +` + string(inv.Level) + ` +` + regexp.QuoteMeta(inv.Holds) + ` +` + regexp.QuoteMeta(inv.Repair) + `$`)
+		if !line.MatchString(out.String()) || !strings.Contains(out.String(), "\n"+string(inv.Level)+" reads "+inv.Level.Cost()+"\n") {
+			t.Errorf("%s is not in the list with what it costs", inv.ID)
+		}
 	}
 }
