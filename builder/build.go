@@ -140,7 +140,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
 func (b *Builder) begin(ctx context.Context, req Request, platform ocispec.Platform) (*session, error) {
 	s := &session{
 		b: b, req: req, platform: platform, lease: b.DB.NewLease("build"),
-		memo: map[digest.Digest]*vertexRun{}, keys: map[digest.Digest]string{},
+		solving: newFlights(), memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{},
 		resolved: map[string]resolved{}, locals: map[digest.Digest]*localTree{},
 	}
 	return s, s.lease.Make(ctx)
@@ -171,9 +171,10 @@ type session struct {
 	req      Request
 	platform ocispec.Platform
 	lease    *metadata.Lease
+	solving  flights // of vertices
 
 	mu       sync.Mutex // guards the rest
-	memo     map[digest.Digest]*vertexRun
+	memo     map[digest.Digest]result
 	keys     map[digest.Digest]string // definition keys, as far as they were worked out
 	resolved map[string]resolved
 	locals   map[digest.Digest]*localTree

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/moby/buildkit/solver/pb"
@@ -23,11 +22,10 @@ type outputs struct {
 	snapshots []layout.SnapshotKey
 }
 
-// vertexRun is a vertex that this build has asked for.
-type vertexRun struct {
-	done chan struct{}
-	out  outputs
-	err  error
+// result is what came of a vertex.
+type result struct {
+	out outputs
+	err error
 }
 
 // solve returns the snapshot of an edge.
@@ -42,38 +40,25 @@ func (s *session) solve(ctx context.Context, g *graph, e edge) (layout.SnapshotK
 	return out.snapshots[e.output], nil
 }
 
-// vertex solves a vertex once in this build, however many want it. If the first
-// was called off, because something beside it failed, it has no result and the
-// next one tries itself: its error must be the failure, not the calling off.
+// vertex solves a vertex once in this build, however many want it. One that was
+// called off, because something beside it failed, has no result: whoever else
+// wants it tries itself, for the error to tell is the failure.
 func (s *session) vertex(ctx context.Context, g *graph, d digest.Digest) (outputs, error) {
-	for {
+	return s.solving.do(ctx, string(d), func() (outputs, error) {
 		s.mu.Lock()
-		run, known := s.memo[d]
-		if !known {
-			run = &vertexRun{done: make(chan struct{})}
-			s.memo[d] = run
-		}
+		known, ok := s.memo[d]
 		s.mu.Unlock()
-		if !known {
-			run.out, run.err = s.vertexOnce(ctx, g, g.vertices[d])
+		if ok {
+			return known.out, known.err
+		}
+		out, err := s.vertexOnce(ctx, g, g.vertices[d])
+		if !errors.Is(err, context.Canceled) {
 			s.mu.Lock()
-			if errors.Is(run.err, context.Canceled) {
-				delete(s.memo, d)
-			}
+			s.memo[d] = result{out, err}
 			s.mu.Unlock()
-			close(run.done)
-			return run.out, run.err
 		}
-		select {
-		case <-run.done:
-			if errors.Is(run.err, context.Canceled) && ctx.Err() == nil {
-				continue
-			}
-			return run.out, run.err
-		case <-ctx.Done():
-			return outputs{}, ctx.Err()
-		}
-	}
+		return out, err
+	})
 }
 
 func (s *session) vertexOnce(ctx context.Context, g *graph, v *vertex) (outputs, error) {
@@ -371,38 +356,4 @@ func (s *session) fail(v *vertex, err error) error {
 	}
 	s.event(Event{ID: string(v.digest), Name: v.name(), State: Failed, Text: err.Error()})
 	return &stepError{line: v.line, name: v.name(), err: err}
-}
-
-// flights lets one builder work on a key at a time.
-type flights struct {
-	mu    *sync.Mutex
-	going map[string]*vertexRun
-}
-
-func newFlights() flights { return flights{new(sync.Mutex), map[string]*vertexRun{}} }
-
-// do runs fn, or waits for whoever runs it for the same key. If that one's
-// build was cancelled or failed, the next one tries itself.
-func (f *flights) do(ctx context.Context, key string, fn func() (outputs, error)) (outputs, error) {
-	for {
-		f.mu.Lock()
-		other, busy := f.going[key]
-		if !busy {
-			mine := &vertexRun{done: make(chan struct{})}
-			f.going[key] = mine
-			f.mu.Unlock()
-			out, err := fn()
-			f.mu.Lock()
-			delete(f.going, key)
-			f.mu.Unlock()
-			close(mine.done)
-			return out, err
-		}
-		f.mu.Unlock()
-		select {
-		case <-other.done: // its result is in the cache, or it is our turn
-		case <-ctx.Done():
-			return outputs{}, ctx.Err()
-		}
-	}
 }
