@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"os"
-	"path/filepath"
 
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
@@ -14,34 +13,7 @@ import (
 // The database's file. bbolt has pages with a header: id, type, number of
 // elements, pages that follow; the first two are meta pages.
 var databaseKinds = []Kind{
-	{"database missing", "the database is missing, empty, or something else", func(s *store) error {
-		s.must("M2", theDatabase, databaseFile)
-		at := s.path(databaseFile)
-		aside, err := s.aside()
-		if err != nil {
-			return err
-		}
-		to := filepath.Join(aside, "db")
-		if err := os.Rename(at, to); err != nil {
-			return err
-		}
-		switch s.IntN(5) {
-		case 0:
-			s.did("the database is missing")
-			return nil
-		case 1:
-			s.did("the database is empty")
-			return os.WriteFile(at, nil, 0o600)
-		case 2:
-			s.did("the database is a fifo")
-			return unix.Mkfifo(at, 0o600)
-		case 3:
-			s.did("the database is a directory")
-			return os.Mkdir(at, 0o700)
-		}
-		s.did("the database is a link out of the store")
-		return os.Symlink(to, at)
-	}},
+	{"database missing", "the database is missing, empty, or something else", instead("M2", theDatabase, databaseFile)},
 	{"database cut", "the database lost its end", func(s *store) error {
 		size := s.Int64N(s.high() * page)
 		s.did("the database cut to %d bytes", size)

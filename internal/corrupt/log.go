@@ -6,44 +6,15 @@ import (
 	"fmt"
 	"hash/crc32"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	bolt "go.etcd.io/bbolt"
-	"golang.org/x/sys/unix"
 )
 
 // The change log: a line for each commit, CRC-32C of the JSON in hex, a space,
 // the JSON.
 var logKinds = []Kind{
-	{"log missing", "the change log is missing, empty, or something else", func(s *store) error {
-		s.must("M4", theLog, logFile)
-		at := s.path(logFile)
-		aside, err := s.aside()
-		if err != nil {
-			return err
-		}
-		to := filepath.Join(aside, "log")
-		if err := os.Rename(at, to); err != nil {
-			return err
-		}
-		switch s.IntN(5) {
-		case 0:
-			s.did("the change log is missing")
-			return nil
-		case 1:
-			s.did("the change log is empty")
-			return os.WriteFile(at, nil, 0o600)
-		case 2:
-			s.did("the change log is a fifo")
-			return unix.Mkfifo(at, 0o600)
-		case 3:
-			s.did("the change log is a directory")
-			return os.Mkdir(at, 0o700)
-		}
-		s.did("the change log is a link out of the store")
-		return os.Symlink(to, at)
-	}},
+	{"log missing", "the change log is missing, empty, or something else", instead("M4", theLog, logFile)},
 	{"log cut", "the change log lost its end", func(s *store) error {
 		lines, err := s.logLines()
 		if err != nil {

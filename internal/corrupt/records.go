@@ -71,11 +71,7 @@ var recordKinds = []Kind{
 	{"snapshots in a circle", "a snapshot stands on one that stands on it", circle},
 	{"image of another", "an image's name leads to what another one leads to", otherImage},
 	{"wrong size", "a layer's record is wrong about its size or inodes", func(s *store) error {
-		layers, err := s.records("layers")
-		if err != nil {
-			return err
-		}
-		id, err := pickOne(s, "layer", sorted(layers))
+		id, _, err := s.anyLayer()
 		if err != nil {
 			return err
 		}
@@ -172,6 +168,16 @@ var logged = []string{"blobs", "layers", "layerkeys", "snapshots", "images", "co
 
 // recordBuckets are those whose values are records.
 var recordBuckets = []string{"blobs", "layers", "layerkeys", "snapshots", "images", "containers", "cache"}
+
+// anyLayer picks a recorded layer.
+func (s *store) anyLayer() (id string, rec record, err error) {
+	layers, err := s.records("layers")
+	if err != nil {
+		return "", nil, err
+	}
+	id, err = pickOne(s, "layer", sorted(layers))
+	return id, layers[id], err
+}
 
 func (s *store) anyRecord() (bucket, key string, err error) {
 	bucket = recordBuckets[s.IntN(len(recordBuckets))]
@@ -434,16 +440,12 @@ func sweepRecorded(s *store) error {
 // fourth seed as none would: cut short.
 func tornIntent(s *store) error {
 	id := s.hex(24)
-	layers, err := s.records("layers")
-	if err != nil {
-		return err
-	}
-	layer, err := pickOne(s, "layer", sorted(layers))
+	layer, rec, err := s.anyLayer()
 	if err != nil {
 		return err
 	}
 	from := filepath.Join("staging", s.hex(8), layer)
-	move := map[string]any{"id": layer, "from": from, "record": layers[layer]}
+	move := map[string]any{"id": layer, "from": from, "record": rec}
 	intent := record{"created": "2024-02-29T12:00:00Z", "purpose": "pull torn:" + s.hex(4), "layers": []any{move}}
 	body := jsonOf(intent)
 	switch s.IntN(4) {

@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // store is a closed store that is being damaged.
@@ -210,4 +211,37 @@ func (s *store) stranger(rel string, directory bool) error {
 // aside is a folder outside of the store, beside it.
 func (s *store) aside() (string, error) {
 	return os.MkdirTemp(filepath.Dir(s.root), "aside-")
+}
+
+// instead takes a file of the store away, and may put something else in its
+// place.
+func instead(invariant, object, file string) func(*store) error {
+	return func(s *store) error {
+		s.must(invariant, object, file)
+		at := s.path(file)
+		aside, err := s.aside()
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(aside, file)
+		if err := os.Rename(at, to); err != nil {
+			return err
+		}
+		switch s.IntN(5) {
+		case 0:
+			s.did("the %s is missing", object)
+			return nil
+		case 1:
+			s.did("the %s is empty", object)
+			return os.WriteFile(at, nil, 0o600)
+		case 2:
+			s.did("the %s is a fifo", object)
+			return unix.Mkfifo(at, 0o600)
+		case 3:
+			s.did("the %s is a directory", object)
+			return os.Mkdir(at, 0o700)
+		}
+		s.did("the %s is a link out of the store", object)
+		return os.Symlink(to, at)
+	}
 }
