@@ -138,12 +138,9 @@ func (c *checker) hash(dirfd int, name string) (sum string, err error) {
 	defer file.Close()
 	h, buf := sha256.New(), make([]byte, burst)
 	for {
-		if err := c.ctx.Err(); err != nil {
-			return "", err
-		}
 		n, err := file.Read(buf)
 		if c.limit.WaitN(c.ctx, n) != nil {
-			<-c.ctx.Done() // which may have been foreseen
+			<-c.ctx.Done() // which it has seen, or foreseen
 			return "", c.ctx.Err()
 		}
 		h.Write(buf[:n])

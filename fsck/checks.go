@@ -2,8 +2,7 @@ package fsck
 
 import "varve.dev/layout"
 
-// levels in the order in which each includes the ones before.
-var levels = []layout.Level{layout.Quick, layout.Normal, layout.Deep}
+var levels = layout.Levels()
 
 // found reports that an object breaks the invariant whose check it was handed
 // to. Safe for concurrent use.

@@ -115,14 +115,13 @@ type checker struct {
 	opts Options
 	root *os.File // the store's directory
 	dirs dirs
-
-	limit *rate.Limiter // of what is read
-	db    *bolt.DB      // of a closed store, open to keep it closed to others
-	rec   *records      // nil: the database is too damaged
+	db   *bolt.DB // of a closed store, open to keep it closed to others
+	rec  *records // nil: the database is too damaged
 
 	damage    []damage // what load found, for M1 to M3
 	manifests map[layout.LayerID]summary
 	only      map[string]bool // if not nil, the objects that B3 and L4 look at
+	limit     *rate.Limiter   // of what deep checks read
 	total     int64           // bytes that deep checks will read, about
 	bytes     atomic.Int64
 	files     atomic.Int64

@@ -21,6 +21,9 @@ const (
 	Deep   Level = "deep"   // every byte and every attribute
 )
 
+// Levels returns them in the order in which each includes the ones before.
+func Levels() []Level { return []Level{Quick, Normal, Deep} }
+
 // Cost says what a check of the level reads, and so what its time grows with.
 func (l Level) Cost() string {
 	switch l {

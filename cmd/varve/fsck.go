@@ -141,7 +141,7 @@ func printLaw(cmd *cobra.Command) error {
 	for _, i := range layout.Invariants() {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", i.ID, i.Severity, i.Level, i.Holds, i.Repair)
 	}
-	for _, l := range []layout.Level{layout.Quick, layout.Normal, layout.Deep} {
+	for _, l := range layout.Levels() {
 		fmt.Fprintf(w, "\n%s reads %s", l, l.Cost())
 	}
 	fmt.Fprintln(w)

@@ -6,6 +6,7 @@ package tables
 import (
 	"fmt"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -26,6 +27,29 @@ func (r Row) String() string { return "| " + strings.Join(r, " | ") + " |" }
 
 // Row makes a row of itself, beside what has one to tell.
 func (r Row) Row() Row { return r }
+
+// Fields checks that a section of a page, from the line that begins so to the
+// next one that begins with until, names every field that the types have in JSON.
+func Fields(t testing.TB, page, from, until string, types ...reflect.Type) {
+	t.Helper()
+	data, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(data), "\n"+from)
+	if !found {
+		t.Fatalf("%s has no line that begins with %q", page, from)
+	}
+	section, _, _ = strings.Cut(section, "\n"+until)
+	for _, of := range types {
+		for f := range of.Fields() {
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if f.IsExported() && !strings.Contains(section, "`"+name+"`") {
+				t.Errorf("%s: %s does not tell of %q", of, page, name)
+			}
+		}
+	}
+}
 
 // recordVariable, in the environment, asks for the tables to be written.
 const recordVariable = "VARVE_RECORD"
