@@ -6,10 +6,11 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"path"
+	"slices"
 	"strings"
-
-	"golang.org/x/sync/errgroup"
+	"sync"
 
 	"varve.dev/fsck/reach"
 	"varve.dev/layout"
@@ -101,59 +102,64 @@ func (c *checker) blobDigest(f found) {
 	for _, l := range c.rec.layers {
 		c.total += l.Size
 	}
-	var g errgroup.Group
-	g.SetLimit(c.opts.Workers)
-	for d := range c.rec.blobs {
-		if c.only != nil && !c.only[blobObject(d)] {
-			continue
-		}
-		g.Go(func() error {
-			c.digestOf(d, f)
-			return nil
+	todo := make(chan layout.BlobDigest)
+	var workers sync.WaitGroup
+	for range c.opts.Workers {
+		workers.Go(func() {
+			reader := reach.NewReader()
+			for d := range todo {
+				c.digestOf(reader, d, f)
+			}
 		})
 	}
-	_ = g.Wait()
+	for _, d := range slices.Sorted(maps.Keys(c.rec.blobs)) {
+		if c.reads(blobObject(d)) {
+			todo <- d
+		}
+	}
+	close(todo)
+	workers.Wait()
 }
 
-func (c *checker) digestOf(d layout.BlobDigest, f found) {
+// reads tells whether a deep check reads an object.
+func (c *checker) reads(object string) bool { return c.only == nil || c.only[object] }
+
+func (c *checker) digestOf(reader *reach.Reader, d layout.BlobDigest, f found) {
 	if c.ctx.Err() != nil || !c.intact(d) {
 		return
 	}
-	sum, err := c.hash(c.fd(), layout.BlobPath(d))
+	sum, err := c.hash(reader, c.fd(), layout.BlobPath(d))
 	switch {
 	case errors.Is(err, fs.ErrNotExist), c.ctx.Err() != nil: // removed since
+	case sum != "" && sum != d.Hex():
+		f(blobObject(d), layout.BlobPath(d), "the bytes have the digest sha256:%s", sum)
 	case err != nil:
 		f(blobObject(d), layout.BlobPath(d), "%v", err)
-	case sum != d.Hex():
-		f(blobObject(d), layout.BlobPath(d), "the bytes have the digest sha256:%s", sum)
 	}
 }
 
-// hash reads a regular file. It tells Progress, and ends with the context.
-func (c *checker) hash(dirfd int, name string) (sum string, err error) {
-	file, err := reach.Regular(dirfd, name)
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	h, buf := sha256.New(), make([]byte, burst)
-	for {
-		n, err := file.Read(buf)
-		if c.limit.WaitN(c.ctx, n) != nil {
-			<-c.ctx.Done() // which it has seen, or foreseen
-			return "", c.ctx.Err()
+// hash reads a regular file, whose sum it returns with reach.ErrMemory too. It
+// tells Progress, and ends with the context.
+func (c *checker) hash(reader *reach.Reader, dirfd int, name string) (sum string, err error) {
+	h := sha256.New()
+	err = reader.Read(c.ctx, dirfd, name, func(piece []byte) error {
+		for part := range slices.Chunk(piece, burst) {
+			if c.limit.WaitN(c.ctx, len(part)) != nil {
+				<-c.ctx.Done() // which it has seen, or foreseen
+				return c.ctx.Err()
+			}
 		}
-		h.Write(buf[:n])
-		if now := c.bytes.Add(int64(n)); c.opts.Progress != nil && n > 0 {
+		h.Write(piece)
+		now := c.bytes.Add(int64(len(piece)))
+		if c.opts.Progress != nil {
 			c.opts.Progress(now, max(now, c.total))
 		}
-		if err == io.EOF {
-			return hex.EncodeToString(h.Sum(nil)), nil
-		}
-		if err != nil {
-			return "", err
-		}
+		return nil
+	})
+	if err == nil || errors.Is(err, reach.ErrMemory) {
+		sum = hex.EncodeToString(h.Sum(nil))
 	}
+	return sum, err
 }
 
 // errNotItsBytes means that a blob has other bytes than its digest's, which a

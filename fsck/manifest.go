@@ -1,11 +1,19 @@
 package fsck
 
 import (
+	"bufio"
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/maphash"
+	"io"
 	"io/fs"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,6 +24,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	pb "google.golang.org/protobuf/proto"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
@@ -53,11 +62,12 @@ type want struct {
 	xattrs map[string]string
 }
 
-// summary is what is kept of a file manifest for L3 and L6.
+// summary is what is kept of a file manifest for L3, L4 and L6.
 type summary struct {
 	err    error
 	size   int64
 	inodes int64
+	names  int // of all inodes
 }
 
 // errUnchecked means that the manifest's blob is not whole, which B1 to B3
@@ -75,16 +85,7 @@ func (c *checker) readManifests() {
 			if c.ctx.Err() != nil {
 				return nil
 			}
-			wants, err := c.manifest(rec.Manifest)
-			s := summary{err: err, inodes: int64(len(wants))}
-			for _, w := range wants {
-				switch {
-				case w.mode.IsRegular():
-					s.size += (w.size + blockSize - 1) / blockSize * blockSize
-				case w.mode.IsDir():
-					s.size += blockSize
-				}
-			}
+			s := c.summarize(rec)
 			mu.Lock()
 			defer mu.Unlock()
 			c.manifests[id] = s
@@ -112,63 +113,199 @@ func (c *checker) layerUsage(f found) {
 	}
 }
 
-// maxManifest is more than a layer of ten million files needs.
-const maxManifest = 4 << 30
-
-// manifest reads a file manifest: a continuity Manifest message, field 1 of
-// which is repeated.
-func (c *checker) manifest(d layout.BlobDigest) ([]want, error) {
+// summarize reads a layer's file manifest through, and holds it against its
+// digest and against what a file manifest is: of bytes that are not the
+// digest's nothing is said.
+func (c *checker) summarize(rec layout.LayerRecord) (s summary) {
+	d := rec.Manifest
 	if blobKey(string(d)) != nil || !c.exists(layout.BlobNode(d)) {
-		return nil, errors.New("it is not recorded")
+		return summary{err: errors.New("it is not recorded")}
 	}
 	if !c.intact(d) {
-		return nil, errUnchecked
+		return summary{err: errUnchecked}
 	}
-	data, err := c.readBlob(d, maxManifest)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNotItsBytes) && c.opts.Level == layout.Deep {
-		return nil, errUnchecked
-	}
-	if err != nil {
-		return nil, err
-	}
-	return decodeManifest(data)
-}
-
-func decodeManifest(data []byte) (out []want, err error) {
-	seen := map[string]bool{}
-	for last := ""; len(data) > 0; last = out[len(out)-1].names[0] {
-		field, kind, n := protowire.ConsumeTag(data)
-		if n < 0 || field != 1 || kind != protowire.BytesType {
-			return nil, fmt.Errorf("entry %d: no resource", len(out))
-		}
-		body, m := protowire.ConsumeBytes(data[n:])
-		if m < 0 {
-			return nil, fmt.Errorf("entry %d: %w", len(out), protowire.ParseError(m))
-		}
-		data = data[n+m:]
-		var r proto.Resource
-		if err := pb.Unmarshal(body, &r); err != nil {
-			return nil, fmt.Errorf("entry %d: %w", len(out), err)
-		}
-		w, err := wantOf(&r)
-		if err != nil {
-			return nil, fmt.Errorf("entry %d: %w", len(out), err)
-		}
-		if w.names[0] <= last {
-			return nil, fmt.Errorf("entry %d: %q is out of order", len(out), w.names[0])
+	names, sum := newNameSet(rec.Inodes), sha256.New()
+	read := c.readThrough(d, sum, func(w *want) error {
+		s.inodes++
+		switch {
+		case w.mode.IsRegular():
+			s.size += (w.size + blockSize - 1) / blockSize * blockSize
+		case w.mode.IsDir():
+			s.size += blockSize
 		}
 		for _, name := range w.names {
+			names.add(name, w.mode.IsDir())
+		}
+		return nil
+	})
+	names.sort()
+	s.names = len(names.hashes)
+	wrong := hex.EncodeToString(sum.Sum(nil)) != d.Hex()
+	switch {
+	case wrong && (c.opts.Level == layout.Deep || errors.Is(read, fs.ErrNotExist)): // B3; removed since
+		s.err = errUnchecked
+	case wrong:
+		s.err = errNotItsBytes
+	case read != nil:
+		s.err = read
+	case !names.has("."):
+		s.err = errors.New("it has no root directory")
+	default:
+		s.err = c.distinct(d, names)
+	}
+	return s
+}
+
+// distinct tells whether every name stands in a manifest once.
+func (c *checker) distinct(d layout.BlobDigest, names *nameSet) error {
+	twice := names.twice()
+	if len(twice) == 0 {
+		return nil
+	}
+	seen := map[string]bool{} // of the names whose hash is there twice
+	return c.eachWant(d, func(w *want) error {
+		for _, name := range w.names {
+			if !twice[names.hash(name)] {
+				continue
+			}
 			if seen[name] {
-				return nil, fmt.Errorf("entry %d: %q for the second time", len(out), name)
+				return fmt.Errorf("%q is there for the second time", name)
 			}
 			seen[name] = true
 		}
-		out = append(out, w)
+		return nil
+	})
+}
+
+// nameSet holds the names of a file manifest in 8 bytes each.
+type nameSet struct {
+	seed   maphash.Seed
+	hashes []uint64 // the last bit tells of a directory
+}
+
+func newNameSet(about int64) *nameSet {
+	return &nameSet{maphash.MakeSeed(), make([]uint64, 0, min(max(about, 0), 1<<20))}
+}
+
+func (s *nameSet) hash(name string) uint64 { return maphash.String(s.seed, name) &^ 1 }
+
+func (s *nameSet) add(name string, dir bool) {
+	h := s.hash(name)
+	if dir {
+		h |= 1
 	}
-	if !seen["."] {
-		return nil, errors.New("it has no root directory")
+	s.hashes = append(s.hashes, h)
+}
+
+// sort has to come between add and the rest.
+func (s *nameSet) sort() { slices.Sort(s.hashes) }
+
+func (s *nameSet) find(name string) (there, dir bool) {
+	h := s.hash(name)
+	i, _ := slices.BinarySearch(s.hashes, h)
+	if i == len(s.hashes) || s.hashes[i]&^1 != h {
+		return false, false
 	}
-	return out, nil
+	return true, s.hashes[i]&1 != 0
+}
+
+func (s *nameSet) has(name string) bool {
+	there, _ := s.find(name)
+	return there
+}
+
+// twice are the hashes of more than one name.
+func (s *nameSet) twice() map[uint64]bool {
+	out := map[uint64]bool{}
+	for i := 1; i < len(s.hashes); i++ {
+		if h := s.hashes[i] &^ 1; h == s.hashes[i-1]&^1 {
+			out[h] = true
+		}
+	}
+	return out
+}
+
+// maxResource is more than an inode with 65,000 names needs.
+const maxResource = 512 << 20
+
+// eachWant calls fn with each entry of a file manifest whose blob is whole, with
+// the same pointer every time.
+func (c *checker) eachWant(d layout.BlobDigest, fn func(*want) error) error {
+	return c.readThrough(d, io.Discard, fn)
+}
+
+// readThrough is eachWant for a blob that may not be: all of its bytes go to
+// also, whatever they say.
+func (c *checker) readThrough(d layout.BlobDigest, also io.Writer, fn func(*want) error) error {
+	file, err := reach.Regular(c.fd(), layout.BlobPath(d))
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	in := bufio.NewReaderSize(io.TeeReader(file, also), 64<<10)
+	err = eachResource(in, func(w *want) error {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		return fn(w)
+	})
+	_, rest := io.Copy(io.Discard, in)
+	return cmp.Or(err, rest)
+}
+
+// resourceTag begins each entry of a continuity Manifest message: its field 1,
+// which is repeated.
+var resourceTag = protowire.EncodeTag(1, protowire.BytesType)
+
+func eachResource(in *bufio.Reader, fn func(*want) error) error {
+	var body []byte
+	var r proto.Resource
+	last := ""
+	for i := 0; ; i++ {
+		tag, err := binary.ReadUvarint(in)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil || tag != resourceTag {
+			return fmt.Errorf("entry %d: no resource", i)
+		}
+		size, err := binary.ReadUvarint(in)
+		if err != nil || size > maxResource {
+			return fmt.Errorf("entry %d: no length", i)
+		}
+		if body, err = readFull(in, body, int(size)); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
+		}
+		if err := pb.Unmarshal(body, &r); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
+		}
+		w, err := wantOf(&r)
+		if err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
+		}
+		if w.names[0] <= last {
+			return fmt.Errorf("entry %d: %q is out of order", i, w.names[0])
+		}
+		last = w.names[0]
+		if err := fn(&w); err != nil {
+			return err
+		}
+	}
+}
+
+// readFull reads into a buffer that it makes longer only for bytes that are
+// there.
+func readFull(in io.Reader, buf []byte, size int) ([]byte, error) {
+	const piece = 1 << 20
+	buf = buf[:0]
+	for len(buf) < size {
+		at := len(buf)
+		buf = slices.Grow(buf, min(size-at, piece))[:at+min(size-at, piece)]
+		if _, err := io.ReadFull(in, buf[at:]); err != nil {
+			return buf, err
+		}
+	}
+	return buf, nil
 }
 
 func wantOf(r *proto.Resource) (want, error) {

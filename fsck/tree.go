@@ -8,100 +8,270 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"varve.dev/fsck/reach"
 	"varve.dev/layout"
 )
 
-// layerTree: L4, one worker for a layer.
+// layerTree: L4. Manifests are read one after the other; their entries are
+// compared by all workers, a piece each.
 func (c *checker) layerTree(f found) {
-	var g errgroup.Group
-	g.SetLimit(c.opts.Workers)
-	for id, rec := range c.rec.layers {
-		if c.only != nil && !c.only[layerObject(id)] {
-			continue
-		}
-		g.Go(func() error {
-			if c.ctx.Err() == nil {
-				c.compareTree(id, rec, f)
+	pieces := make(chan piece)
+	var workers sync.WaitGroup
+	for range c.opts.Workers {
+		workers.Go(func() {
+			h := newHand(c)
+			defer h.leave()
+			for p := range pieces {
+				h.compare(p)
+				p.tree.done()
 			}
-			return nil
 		})
 	}
-	_ = g.Wait()
+	for _, id := range slices.Sorted(maps.Keys(c.rec.layers)) {
+		if c.ctx.Err() == nil && c.reads(layerObject(id)) {
+			c.compareTree(id, f, pieces)
+		}
+	}
+	close(pieces)
+	workers.Wait()
 }
 
-// compareTree holds one tree against its file manifest. Without either, L1 or
-// L3 has said so.
-func (c *checker) compareTree(id layout.LayerID, rec layout.LayerRecord, f found) {
-	wants, err := c.manifest(rec.Manifest)
-	if err != nil || !c.isDir(treePath(id)) {
+// compareTree hands out a layer's file manifest in pieces. Without that, or
+// without the tree, L1 or L3 has said so.
+func (c *checker) compareTree(id layout.LayerID, f found, pieces chan<- piece) {
+	if c.manifests[id].err != nil || !c.isDir(treePath(id)) {
 		return
-	}
-	t := &tree{
-		c:     c,
-		found: func(name, format string, args ...any) { f(layerObject(id), name, format, args...) },
-		wants: map[string]*want{}, inodes: map[*want]inode{}, owners: map[inode]*want{},
-		buf: make([]byte, reach.XattrSpace),
-	}
-	for i := range wants {
-		for _, n := range wants[i].names {
-			t.wants[n] = &wants[i]
-		}
 	}
 	root, err := reach.Dir(c.fd(), treePath(id))
 	if err != nil {
-		t.found(".", "%v", err)
+		f(layerObject(id), ".", "%v", err)
 		return
 	}
-	defer root.Close()
-	t.root = root
-	t.entry(int(root.Fd()), ".", ".")
-	t.children(root, ".")
-	if c.ctx.Err() != nil {
-		return // what was not come to is not missing
+	t := &tree{
+		found: func(name, format string, args ...any) { f(layerObject(id), name, format, args...) },
+		root:  root, left: 1, shared: map[inode]string{},
 	}
-	for _, name := range slices.Sorted(maps.Keys(t.wants)) {
-		t.found(name, "missing")
+	defer t.done()
+	names := newNameSet(c.rec.layers[id].Inodes)
+	p := piece{tree: t}
+	size := int64(0)
+	hand := func() {
+		t.begin()
+		pieces <- p
+		p, size = piece{tree: t}, 0
 	}
+	err = c.eachWant(c.rec.layers[id].Manifest, func(w *want) error {
+		for _, name := range w.names {
+			names.add(name, w.mode.IsDir())
+		}
+		p.wants = append(p.wants, *w)
+		if size += w.size; len(p.wants) == pieceEntries || size > pieceBytes {
+			hand()
+		}
+		return nil
+	})
+	if len(p.wants) > 0 {
+		hand()
+	}
+	if err != nil { // it has changed since it was read, or ctx is over
+		if c.ctx.Err() == nil {
+			t.found("", "its file manifest cannot be read: %v", err)
+		}
+		return
+	}
+	names.sort()
+	p.names = names
+	hand()
 }
 
-// tree is the comparison of one layer. Every file is reached through the open
-// directory it is in, so that no link leads out of the tree.
+// A piece is so many entries of one layer, or fewer with so many bytes.
+const (
+	pieceEntries = 64
+	pieceBytes   = 4 << 20
+)
+
+// piece is a part of the comparison of one layer: entries that have to be
+// there, or the names beside which nothing may be.
+type piece struct {
+	tree  *tree
+	wants []want
+	names *nameSet
+}
+
+// tree is the comparison of one layer.
 type tree struct {
-	c      *checker
-	root   *os.File
-	found  func(name, format string, args ...any)
-	wants  map[string]*want // by each name that was not come to yet
-	inodes map[*want]inode  // which file it turned out to be
-	owners map[inode]*want  // of files with several names
-	buf    []byte
+	found func(name, format string, args ...any)
+	root  *os.File
+
+	mu     sync.Mutex
+	left   int              // pieces to be done, and one until all are handed out
+	shared map[inode]string // files with more names than their entry has, by one of these
 }
 
 type inode struct{ dev, ino uint64 }
 
-// children compares what is in the directory with the name dir.
-func (t *tree) children(d *os.File, dir string) {
-	for {
-		names, err := d.Readdirnames(1000)
-		for _, base := range names {
-			if t.c.ctx.Err() != nil {
-				return
+func (t *tree) begin() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.left++
+}
+
+func (t *tree) done() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.left--; t.left == 0 {
+		t.root.Close()
+	}
+}
+
+// share notes that a file belongs to an entry, and returns the name of one that
+// it belongs to as well.
+func (t *tree) share(ino inode, name string) (other string, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	other, ok = t.shared[ino]
+	t.shared[ino] = name
+	return other, ok
+}
+
+// hand is a worker. Every file is reached through the open directory it is in,
+// so that no link leads out of the tree.
+type hand struct {
+	c      *checker
+	reader *reach.Reader
+	xattrs []byte
+
+	// The directory that was used last: entries come by name.
+	tree *tree
+	name string
+	dir  *os.File
+}
+
+func newHand(c *checker) *hand {
+	return &hand{c: c, reader: reach.NewReader(), xattrs: make([]byte, reach.XattrSpace)}
+}
+
+func (h *hand) compare(p piece) {
+	for i := range p.wants {
+		if h.c.ctx.Err() != nil {
+			break
+		}
+		h.entry(p.tree, &p.wants[i])
+	}
+	if p.names != nil {
+		h.extra(p.tree, p.names, p.tree.root, ".")
+	}
+	h.leave() // before the tree's own directory is closed
+}
+
+// parent returns the open directory that a name stands in.
+func (h *hand) parent(t *tree, name string) (int, error) {
+	dir := path.Dir(name)
+	if dir == "." {
+		return int(t.root.Fd()), nil
+	}
+	if h.dir == nil || h.tree != t || h.name != dir {
+		h.leave()
+		d, err := reach.Dir(int(t.root.Fd()), dir)
+		if err != nil {
+			return -1, err
+		}
+		h.tree, h.name, h.dir = t, dir, d
+	}
+	return int(h.dir.Fd()), nil
+}
+
+func (h *hand) leave() {
+	if h.dir != nil {
+		h.dir.Close()
+		h.dir = nil
+	}
+}
+
+// stood is what stands at one name of an entry.
+type stood struct {
+	name string
+	stat unix.Stat_t
+}
+
+func (s *stood) inode() inode { return inode{uint64(s.stat.Dev), s.stat.Ino} }
+
+// entry compares what stands at the names of one.
+func (h *hand) entry(t *tree, w *want) {
+	at := make([]stood, 0, len(w.names))
+	for _, name := range w.names {
+		s := stood{name: name}
+		dir, err := h.parent(t, name)
+		if err == nil {
+			err = unix.Fstatat(dir, path.Base(name), &s.stat, unix.AT_SYMLINK_NOFOLLOW)
+		}
+		switch {
+		case reach.Missing(err):
+			t.found(name, "missing")
+		case err != nil:
+			t.found(name, "%v", err)
+		default:
+			at = append(at, s)
+		}
+	}
+	h.c.files.Add(int64(len(at)))
+	h.links(t, w, at)
+}
+
+// links compares hard links: the names of one entry are one file, those of two
+// are two. Attributes are compared once, under the entry's first name, and of
+// each file that should not be one of its own.
+func (h *hand) links(t *tree, w *want, at []stood) {
+	var file *stood
+	names := uint64(0)
+	for i := range at {
+		s := &at[i]
+		alone := s.stat.Nlink == 1 && len(at) > 1
+		if !alone && file == nil {
+			file = s
+		}
+		if !alone && file.inode() == s.inode() {
+			names++
+			continue
+		}
+		t.found(s.name, "no hard link of the file's other names %q", w.names)
+		h.attributes(t, w, s, s.name)
+	}
+	if file == nil {
+		return
+	}
+	if file.stat.Nlink > names && !w.mode.IsDir() {
+		if other, ok := t.share(file.inode(), file.name); ok {
+			t.found(file.name, "a hard link of %q, must be a file of its own", other)
+		}
+	}
+	h.attributes(t, w, file, w.names[0])
+}
+
+// extra reports what stands in a directory and in no manifest. Sockets never do.
+func (h *hand) extra(t *tree, names *nameSet, d *os.File, dir string) {
+	for h.c.ctx.Err() == nil {
+		list, err := d.ReadDir(1000)
+		for _, e := range list {
+			name := path.Join(dir, e.Name())
+			there, isDir := names.find(name)
+			switch {
+			case !there && e.Type() != fs.ModeSocket:
+				t.found(name, "not in the file manifest")
+			case !there || !isDir || !e.IsDir():
+			default:
+				sub, err := reach.Dir(int(d.Fd()), e.Name())
+				if err != nil {
+					t.found(name, "%v", err)
+					continue
+				}
+				h.extra(t, names, sub, name)
+				sub.Close()
 			}
-			name := path.Join(dir, base)
-			if !t.entry(int(d.Fd()), base, name) {
-				continue
-			}
-			sub, err := reach.Dir(int(d.Fd()), base)
-			if err != nil {
-				t.found(name, "%v", err)
-				continue
-			}
-			t.children(sub, name)
-			sub.Close()
 		}
 		if err == io.EOF {
 			return
@@ -113,71 +283,14 @@ func (t *tree) children(d *os.File, dir string) {
 	}
 }
 
-// entry compares what stands at base in the open directory, and tells whether
-// it is a directory that is to be compared in turn. Sockets are in no manifest.
-func (t *tree) entry(dirfd int, base, name string) (descend bool) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(dirfd, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		if err != unix.ENOENT {
-			t.found(name, "%v", err)
-			delete(t.wants, name)
-		}
-		return false
+// attributes compares what stands at a name, and says so of the name as.
+func (h *hand) attributes(t *tree, w *want, s *stood, as string) {
+	name, base, st := as, path.Base(s.name), &s.stat
+	dirfd, err := h.parent(t, s.name)
+	if err != nil {
+		t.found(name, "%v", err)
+		return
 	}
-	w := t.wants[name]
-	if w == nil {
-		if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
-			t.found(name, "not in the file manifest")
-		}
-		return false
-	}
-	delete(t.wants, name)
-	t.c.files.Add(1)
-	as, first := t.sameFile(w, name, inode{uint64(st.Dev), st.Ino}, uint64(st.Nlink))
-	if !first {
-		return false
-	}
-	t.attributes(w, dirfd, base, as, &st)
-	return w.mode.IsDir() && st.Mode&unix.S_IFMT == unix.S_IFDIR
-}
-
-// sameFile compares hard links: the names of one entry are one file, those of
-// two are two. It tells whether the file's attributes are to be compared,
-// which is so once, and under which name: its first, or the one that is a file
-// of its own and must not be.
-func (t *tree) sameFile(w *want, name string, ino inode, links uint64) (as string, first bool) {
-	if links == 1 && t.elsewhere(w, name) {
-		t.found(name, "no hard link of the file's other names %q", w.names)
-		return name, true
-	}
-	if known, ok := t.inodes[w]; ok {
-		if known != ino {
-			t.found(name, "no hard link of the file's other names %q", w.names)
-		}
-		return name, known != ino
-	}
-	t.inodes[w] = ino
-	if links > 1 && !w.mode.IsDir() {
-		if other, ok := t.owners[ino]; ok {
-			t.found(name, "a hard link of %q, must be a file of its own", other.names[0])
-		}
-		t.owners[ino] = w
-	}
-	return w.names[0], true
-}
-
-// elsewhere tells whether something stands at another name of an entry.
-func (t *tree) elsewhere(w *want, name string) bool {
-	return slices.ContainsFunc(w.names, func(other string) bool {
-		if other == name {
-			return false
-		}
-		_, err := reach.Stat(int(t.root.Fd()), other)
-		return err == nil
-	})
-}
-
-func (t *tree) attributes(w *want, dirfd int, base, name string, st *unix.Stat_t) {
 	got := modeOf(st)
 	if got != w.mode {
 		t.found(name, "mode %v, must be %v", got, w.mode)
@@ -193,36 +306,36 @@ func (t *tree) attributes(w *want, dirfd int, base, name string, st *unix.Stat_t
 	}
 	switch {
 	case w.mode.IsRegular():
-		t.contents(w, dirfd, base, name, st)
+		h.contents(t, w, dirfd, base, name, st)
 	case w.mode&fs.ModeSymlink != 0:
-		n, err := unix.Readlinkat(dirfd, base, t.buf)
-		if err != nil || string(t.buf[:n]) != w.target {
-			t.found(name, "link target %q, must be %q", t.buf[:max(n, 0)], w.target)
+		n, err := unix.Readlinkat(dirfd, base, h.xattrs)
+		if err != nil || string(h.xattrs[:n]) != w.target {
+			t.found(name, "link target %q, must be %q", h.xattrs[:max(n, 0)], w.target)
 		}
 	case w.mode&fs.ModeDevice != 0 && st.Rdev != w.rdev:
 		t.found(name, "device %d:%d, must be %d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev), unix.Major(w.rdev), unix.Minor(w.rdev))
 	}
-	t.xattrs(w, dirfd, base, name)
+	h.compareXattrs(t, w, dirfd, base, name)
 }
 
-func (t *tree) contents(w *want, dirfd int, base, name string, st *unix.Stat_t) {
+func (h *hand) contents(t *tree, w *want, dirfd int, base, name string, st *unix.Stat_t) {
 	if st.Size != w.size {
 		t.found(name, "%d bytes, must be %d", st.Size, w.size)
 		return
 	}
-	sum, err := t.c.hash(dirfd, base)
+	sum, err := h.c.hash(h.reader, dirfd, base)
 	switch {
-	case t.c.ctx.Err() != nil:
+	case h.c.ctx.Err() != nil:
+	case sum != "" && sum != w.sha:
+		t.found(name, "contents sha256:%s, must be sha256:%s", sum, w.sha)
 	case err != nil:
 		t.found(name, "%v", err)
-	case sum != w.sha:
-		t.found(name, "contents sha256:%s, must be sha256:%s", sum, w.sha)
 	}
 }
 
-// xattrs compares all but the notes of overlayfs that show in no mount.
-func (t *tree) xattrs(w *want, dirfd int, base, name string) {
-	got, err := reach.Xattrs(dirfd, base, t.buf, func(x string) bool {
+// compareXattrs compares all but the notes of overlayfs that show in no mount.
+func (h *hand) compareXattrs(t *tree, w *want, dirfd int, base, name string) {
+	got, err := reach.Xattrs(dirfd, base, h.xattrs, func(x string) bool {
 		return !strings.HasPrefix(x, overlayXattrs) || slices.Contains(overlayMarks, x)
 	})
 	if err != nil {

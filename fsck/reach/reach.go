@@ -74,13 +74,15 @@ func Regular(dirfd int, name string) (*os.File, error) {
 
 // Again opens an open file once more, for reading, whatever has its name by
 // now.
-func Again(f *os.File) (*os.File, error) {
+func Again(f *os.File) (*os.File, error) { return again(f, 0) }
+
+func again(f *os.File, flags int) (*os.File, error) {
 	itself := "/proc/self/fd/" + strconv.Itoa(int(f.Fd()))
-	again, err := os.OpenFile(itself, os.O_RDONLY|unix.O_NOATIME, 0)
+	opened, err := os.OpenFile(itself, os.O_RDONLY|unix.O_NOATIME|flags, 0)
 	if errors.Is(err, unix.EPERM) { // O_NOATIME is for the file's owner
-		again, err = os.OpenFile(itself, os.O_RDONLY, 0)
+		opened, err = os.OpenFile(itself, os.O_RDONLY|flags, 0)
 	}
-	return again, err
+	return opened, err
 }
 
 // Dir opens a directory.
