@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"io/fs"
-	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -96,33 +95,25 @@ func (c *checker) blobNamed(f found) {
 
 // blobDigest: B3.
 func (c *checker) blobDigest(f found) {
-	for _, b := range c.rec.blobs {
-		c.total += b.Size
-	}
-	for _, l := range c.rec.layers {
-		c.total += l.Size
-	}
 	todo := make(chan layout.BlobDigest)
 	var workers sync.WaitGroup
 	for range c.opts.Workers {
 		workers.Go(func() {
 			reader := reach.NewReader()
 			for d := range todo {
-				c.digestOf(reader, d, f)
+				if c.drawn(string(d)) {
+					c.digestOf(reader, d, f)
+				}
+				c.blobs.done(c, d)
 			}
 		})
 	}
-	for _, d := range slices.Sorted(maps.Keys(c.rec.blobs)) {
-		if c.reads(blobObject(d)) {
-			todo <- d
-		}
+	for _, d := range c.blobs.list {
+		todo <- d
 	}
 	close(todo)
 	workers.Wait()
 }
-
-// reads tells whether a deep check reads an object.
-func (c *checker) reads(object string) bool { return c.only == nil || c.only[object] }
 
 func (c *checker) digestOf(reader *reach.Reader, d layout.BlobDigest, f found) {
 	if c.ctx.Err() != nil || !c.intact(d) {

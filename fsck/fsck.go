@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -37,22 +38,36 @@ type Options struct {
 	// Boot is the id of the running boot, whose staging folder belongs to
 	// operations under way. Empty: the kernel is asked. Only online.
 	Boot    string
-	Workers int // for deep checks; 0 means one for each processor, at most 4
+	Workers int // for deep checks; 0 means two for each processor, at most 8
 	// Rate is how many bytes a second all workers of a deep check read and
 	// hash together, at most; 0 means as many as they can.
 	Rate int64
+	// Of chooses images (name, digest, id), containers (name, id), layers
+	// (id) or blobs (digest), with all that they stand on; nothing: the store.
+	// Of ids and digests the beginning is enough.
+	Of []string
+	// Sample is the share of the blobs, and of the files of layers, whose
+	// contents a deep check reads, drawn anew for each check; everything else
+	// is compared as always. 0 or 1: all.
+	Sample float64
+	// Resume is a deep check that was cut off and is to go on, in place of
+	// Of and Sample. What it has read is not read again.
+	Resume *layout.CheckRecord
+	// Mark is told from time to time, and when a deep check is cut off, from
+	// where it could go on; by several goroutines, one at a time. May be nil.
+	Mark func(layout.CheckRecord)
 	// Progress is told of bytes read and to read, from several goroutines.
 	// May be nil.
 	Progress func(done, total int64)
 }
 
-const maxWorkers = 4
+const maxWorkers = 8
 
 // burst is what is read at once when the rate is limited.
 const burst = 128 << 10
 
 // Run checks a store. An error means that the check could not take place:
-// ErrNotFound for no store, ErrUnavailable for one that is open elsewhere or
+// ErrNotFound for no store or nothing that is called as chosen, ErrUnavailable for one that is open elsewhere or
 // cannot be read, ErrFailedPrecondition for a format that is not known,
 // ErrInvalidArgument for options, or the end of ctx. A nil error means that
 // every check of the level was made; what they found is in the report.
@@ -60,12 +75,23 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 	if err := opts.fill(); err != nil {
 		return nil, err
 	}
-	report := &Report{Root: opts.Root, Level: opts.Level, Findings: []Finding{}, Started: time.Now().UTC()}
-	c := &checker{ctx: ctx, opts: opts, limit: rate.NewLimiter(rate.Inf, burst)}
+	now := time.Now().UTC()
+	state := layout.CheckRecord{Started: now, Of: opts.Of, Sample: opts.Sample, Draw: rand.Uint64()}
+	report := &Report{Root: opts.Root, Level: opts.Level, Findings: []Finding{}}
+	if opts.Resume != nil {
+		state, report.Resumed = *opts.Resume, now
+	}
+	report.Started, report.Of, report.Sample = state.Started, state.Of, state.Sample
+	c := &checker{ctx: ctx, opts: opts, state: state, mark: &marker{tell: opts.Mark, record: state}, limit: rate.NewLimiter(rate.Inf, burst)}
+	c.files.Store(state.Files)
+	c.bytes.Store(state.Bytes)
 	if opts.Rate > 0 {
 		c.limit.SetLimit(rate.Limit(opts.Rate))
 	}
 	err := c.run()
+	if ctx.Err() != nil {
+		c.mark.end(c)
+	}
 	if err == nil && c.online() && len(c.findings) > 0 {
 		err = c.again()
 	}
@@ -75,7 +101,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 	report.Findings = append(report.Findings, c.findings...)
 	report.sort()
 	if c.rec != nil {
-		report.Blobs, report.Layers = len(c.rec.blobs), len(c.rec.layers)
+		report.Blobs, report.Layers = c.count()
 	}
 	report.Files, report.Bytes = c.files.Load(), c.bytes.Load()
 	report.Finished = time.Now().UTC()
@@ -96,8 +122,20 @@ func (o *Options) fill() error {
 	if o.Rate < 0 {
 		return fmt.Errorf("fsck: a rate of %d bytes a second: %w", o.Rate, errdefs.ErrInvalidArgument)
 	}
+	if o.Sample < 0 || o.Sample > 1 {
+		return fmt.Errorf("fsck: a sample of %g: %w", o.Sample, errdefs.ErrInvalidArgument)
+	}
+	if o.Sample == 1 {
+		o.Sample = 0
+	}
+	if o.Resume != nil && (o.Level != layout.Deep || o.Of != nil || o.Sample != 0) {
+		return fmt.Errorf("fsck: only a deep check goes on, as what it began as: %w", errdefs.ErrInvalidArgument)
+	}
+	if o.Level != layout.Deep {
+		o.Mark = nil
+	}
 	if o.Workers <= 0 {
-		o.Workers = min(runtime.GOMAXPROCS(0), maxWorkers)
+		o.Workers = min(2*runtime.GOMAXPROCS(0), maxWorkers) // they wait for the disk, too
 	}
 	if o.Boot == "" && o.DB != nil {
 		id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -120,9 +158,14 @@ type checker struct {
 
 	damage    []damage // what load found, for M1 to M3
 	manifests map[layout.LayerID]summary
-	only      map[string]bool // if not nil, the objects that B3 and L4 look at
-	limit     *rate.Limiter   // of what deep checks read
-	total     int64           // bytes that deep checks will read, about
+	state     layout.CheckRecord // what it is of, and where it began
+	mark      *marker
+	chosen    map[string]bool           // if not nil, the objects that are spoken of
+	only      map[string]bool           // if not nil, those of them that B3 and L4 look at
+	blobs     *queue[layout.BlobDigest] // for B3 to read
+	layers    *queue[layout.LayerID]    // for L4
+	limit     *rate.Limiter             // of what deep checks read
+	total     int64                     // bytes that deep checks will read, about
 	bytes     atomic.Int64
 	files     atomic.Int64
 
@@ -148,6 +191,10 @@ func (c *checker) run() (err error) {
 	if err := c.load(); err != nil {
 		return err
 	}
+	if err := c.choose(); err != nil {
+		return err
+	}
+	c.plan()
 	if c.opts.Level != layout.Quick && c.rec != nil {
 		c.readManifests()
 	}
@@ -171,6 +218,9 @@ func (c *checker) hold(inv layout.Invariant) {
 		return
 	}
 	check(c, func(object, path, format string, args ...any) {
+		if !c.isChosen(object) {
+			return
+		}
 		finding := Finding{
 			Invariant: inv.ID, Severity: inv.Severity, Object: object, Path: path,
 			Detail: fmt.Sprintf(format, args...), Repair: inv.Repair,
@@ -202,8 +252,9 @@ func (c *checker) again() error {
 	case <-c.ctx.Done():
 		return c.ctx.Err()
 	}
-	second := &checker{ctx: c.ctx, opts: c.opts, limit: c.limit, only: map[string]bool{}}
+	second := &checker{ctx: c.ctx, opts: c.opts, state: c.state, mark: c.mark, limit: c.limit, only: map[string]bool{}}
 	second.opts.Progress = nil
+	second.state.Blob, second.state.Layer = "", ""
 	for _, f := range c.findings {
 		second.only[f.Object] = true
 	}

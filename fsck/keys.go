@@ -12,7 +12,8 @@ import (
 // What keys must look like, by bucket (M3).
 
 func metaKey(key string) error {
-	if keys := []string{layout.MetaKey, layout.StateKey, layout.RebuiltKey}; !slices.Contains(keys, key) {
+	keys := []string{layout.MetaKey, layout.StateKey, layout.RebuiltKey, layout.CheckedKey, layout.CheckingKey, layout.ScrubbingKey}
+	if !slices.Contains(keys, key) {
 		return fmt.Errorf("the keys are %q", keys)
 	}
 	return nil

@@ -74,13 +74,17 @@ type summary struct {
 // say.
 var errUnchecked = errors.New("the blob of its file manifest is not whole")
 
-// readManifests reads every file manifest once. Layers share them seldom.
+// readManifests reads the file manifest of every layer once. Layers share them
+// seldom.
 func (c *checker) readManifests() {
 	c.manifests = make(map[layout.LayerID]summary, len(c.rec.layers))
 	var mu sync.Mutex
 	var g errgroup.Group
 	g.SetLimit(c.opts.Workers)
 	for id, rec := range c.rec.layers {
+		if !c.concerns(layerObject(id)) {
+			continue
+		}
 		g.Go(func() error {
 			if c.ctx.Err() != nil {
 				return nil

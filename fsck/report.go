@@ -32,12 +32,15 @@ func (f Finding) same(g Finding) bool {
 type Report struct {
 	Root     string       `json:"root"`
 	Level    layout.Level `json:"level"`
-	Findings []Finding    `json:"findings"` // by invariant, object and path
-	Blobs    int          `json:"blobs"`    // recorded ones
-	Layers   int          `json:"layers"`   // recorded ones
-	Files    int64        `json:"files"`    // names in layers, compared with their manifests (deep)
-	Bytes    int64        `json:"bytes"`    // read and hashed (deep)
+	Of       []string     `json:"of,omitempty"`     // what was chosen; nothing: the store
+	Sample   float64      `json:"sample,omitempty"` // share of the contents that was read; 0: all
+	Findings []Finding    `json:"findings"`         // by invariant, object and path
+	Blobs    int          `json:"blobs"`            // recorded ones, of those chosen
+	Layers   int          `json:"layers"`           // recorded ones
+	Files    int64        `json:"files"`            // names in layers, compared with their manifests (deep)
+	Bytes    int64        `json:"bytes"`            // read and hashed (deep)
 	Started  time.Time    `json:"started"`
+	Resumed  time.Time    `json:"resumed,omitzero"` // when one that was cut off went on
 	Finished time.Time    `json:"finished"`
 }
 
@@ -71,6 +74,20 @@ func (r *Report) sort() {
 	slices.SortStableFunc(r.Findings, func(a, b Finding) int {
 		return strings.Compare(a.Invariant+"\x00"+a.Object+"\x00"+a.Path, b.Invariant+"\x00"+b.Object+"\x00"+b.Path)
 	})
+}
+
+// Record is what is kept of a deep check that came to its end.
+func (r *Report) Record() layout.CheckRecord {
+	rec := layout.CheckRecord{Started: r.Started, Finished: r.Finished, Of: r.Of, Sample: r.Sample, Files: r.Files, Bytes: r.Bytes}
+	for _, f := range r.Findings {
+		if f.Severity != layout.Notice {
+			rec.Findings++
+		}
+		if f.Severity == layout.Loss {
+			rec.Losses++
+		}
+	}
+	return rec
 }
 
 // ExitCode is 0 for a clean store, 1 if everything found is healed or can be
@@ -115,7 +132,14 @@ func (r *Report) WriteText(w io.Writer) {
 	if notices > 0 {
 		verdict += fmt.Sprintf(", %d notices", notices)
 	}
-	fmt.Fprintf(w, "fsck %s: %s: %d blobs, %d layers", r.Level, verdict, r.Blobs, r.Layers)
+	what := string(r.Level)
+	if r.Sample > 0 {
+		what += fmt.Sprintf(", contents of %g%%", r.Sample*100)
+	}
+	if len(r.Of) > 0 {
+		what += " of " + strings.Join(r.Of, ", ")
+	}
+	fmt.Fprintf(w, "fsck %s: %s: %d blobs, %d layers", what, verdict, r.Blobs, r.Layers)
 	if r.Level == layout.Deep {
 		fmt.Fprintf(w, ", %d files, %d bytes read", r.Files, r.Bytes)
 	}

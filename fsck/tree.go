@@ -31,8 +31,8 @@ func (c *checker) layerTree(f found) {
 			}
 		})
 	}
-	for _, id := range slices.Sorted(maps.Keys(c.rec.layers)) {
-		if c.ctx.Err() == nil && c.reads(layerObject(id)) {
+	for _, id := range c.layers.list {
+		if c.ctx.Err() == nil {
 			c.compareTree(id, f, pieces)
 		}
 	}
@@ -44,15 +44,19 @@ func (c *checker) layerTree(f found) {
 // without the tree, L1 or L3 has said so.
 func (c *checker) compareTree(id layout.LayerID, f found, pieces chan<- piece) {
 	if c.manifests[id].err != nil || !c.isDir(treePath(id)) {
+		c.layers.done(c, id)
 		return
 	}
 	root, err := reach.Dir(c.fd(), treePath(id))
 	if err != nil {
 		f(layerObject(id), ".", "%v", err)
+		c.layers.done(c, id)
 		return
 	}
 	t := &tree{
+		id:    id,
 		found: func(name, format string, args ...any) { f(layerObject(id), name, format, args...) },
+		end:   func() { root.Close(); c.layers.done(c, id) },
 		root:  root, left: 1, shared: map[inode]string{},
 	}
 	defer t.done()
@@ -104,7 +108,9 @@ type piece struct {
 
 // tree is the comparison of one layer.
 type tree struct {
+	id    layout.LayerID
 	found func(name, format string, args ...any)
+	end   func() // when all pieces are done
 	root  *os.File
 
 	mu     sync.Mutex
@@ -124,7 +130,7 @@ func (t *tree) done() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.left--; t.left == 0 {
-		t.root.Close()
+		t.end()
 	}
 }
 
@@ -321,6 +327,9 @@ func (h *hand) attributes(t *tree, w *want, s *stood, as string) {
 func (h *hand) contents(t *tree, w *want, dirfd int, base, name string, st *unix.Stat_t) {
 	if st.Size != w.size {
 		t.found(name, "%d bytes, must be %d", st.Size, w.size)
+		return
+	}
+	if !h.c.drawn(string(t.id) + "/" + w.names[0]) {
 		return
 	}
 	sum, err := h.c.hash(h.reader, dirfd, base)

@@ -45,6 +45,12 @@ const (
 	MetaKey    = "store"   // [MetaRecord]
 	StateKey   = "state"   // [StateRecord]
 	RebuiltKey = "rebuilt" // [RebuiltRecord]; only if it ever was
+
+	// [CheckRecord] of deep checks: the last one of the whole store that came
+	// to its end; those that did not yet, asked for and in the background.
+	CheckedKey   = "checked"
+	CheckingKey  = "checking"
+	ScrubbingKey = "scrubbing"
 )
 
 // MetaRecord says what the store is.
@@ -299,6 +305,31 @@ type RebuiltRecord struct {
 	Records int      `json:"records"`
 	Lost    []string `json:"lost,omitempty"`
 	Kept    []string `json:"kept,omitempty"`
+}
+
+// CheckRecord tells of a deep check. One that was cut off goes on from it: blobs
+// are read in the order of their digests, then layers in that of their ids.
+type CheckRecord struct {
+	Started  time.Time `json:"started"`
+	Finished time.Time `json:"finished,omitzero"` // zero: not yet
+	// Of is what was chosen, as it was named; nothing for the whole store.
+	Of []string `json:"of,omitempty"`
+	// Sample is the share of the contents that is read, drawn by Draw; 0: all.
+	Sample     float64 `json:"sample,omitempty"`
+	Draw       uint64  `json:"draw,omitempty"`
+	Background bool    `json:"background,omitempty"`
+
+	Blob  BlobDigest `json:"blob,omitempty"`  // this and all before it are read
+	Layer LayerID    `json:"layer,omitempty"` // the same
+	Files int64      `json:"files,omitempty"` // names that were compared
+	Bytes int64      `json:"bytes,omitempty"` // that were read
+	Bad   []string   `json:"bad,omitempty"`   // objects with findings, to be read again
+
+	// Of one that is finished: findings but for notices, those of them that
+	// are losses, and those that were healed then.
+	Findings int `json:"findings,omitempty"`
+	Losses   int `json:"losses,omitempty"`
+	Healed   int `json:"healed,omitempty"`
 }
 
 // QuarantineRecord is the note beside what a repair took out of its place, or

@@ -79,6 +79,12 @@ func (tx *Tx) rebuilds() Table[string, layout.RebuiltRecord] {
 	return table[string, layout.RebuiltRecord](tx, layout.BucketMeta)
 }
 
+// Checks are what is kept of deep checks, under the keys layout.CheckedKey,
+// CheckingKey and ScrubbingKey.
+func (tx *Tx) Checks() Table[string, layout.CheckRecord] {
+	return table[string, layout.CheckRecord](tx, layout.BucketMeta)
+}
+
 // Rebuilt returns what is recorded of the last rebuilding of the database;
 // nothing if it was never rebuilt.
 func (tx *Tx) Rebuilt() (layout.RebuiltRecord, error) {
