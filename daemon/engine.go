@@ -36,6 +36,8 @@ type Options struct {
 	// Look has the closed store looked at before it is opened, which may
 	// make good what [Engine.Fsck] is to tell of.
 	Look bool
+	// Scrub is what a [Keeper] checks by itself.
+	Scrub Scrub
 	// Opened is told of the store's parts when it is open. For tests that
 	// watch what a store does to its disk; may be nil.
 	Opened func(*durable.Root, *metadata.DB)
@@ -198,7 +200,7 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 		info.Recovered = e.tellRebuilt(rebuilt)
 	}
 	info.Recovered = append(info.Recovered, e.tellFound(rebuilt.Kept)...)
-	return info, err
+	return info, errors.Join(err, e.tellChecks(ctx, &info))
 }
 
 // tellFound says what recovery found, but for what is known to be kept.

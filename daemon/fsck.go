@@ -24,7 +24,10 @@ const fsckEvery = 100 * time.Millisecond
 
 // Fsck implements [varve.Backend].
 func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
-	report, err := e.check(ctx, req, progress)
+	opts := fsck.Options{
+		Level: layout.Level(req.Level), Of: req.Of, Sample: req.Sample, Rate: req.Rate, Progress: slowly(progress),
+	}
+	report, err := e.check(ctx, opts, asked, req.Resume)
 	if err != nil {
 		return varve.FsckReport{}, err
 	}
@@ -38,7 +41,7 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 		if err := e.repairer.Run(ctx, plan, forwardRepairs(progress)); err != nil {
 			return varve.FsckReport{}, err
 		}
-		if report, err = e.check(ctx, req, progress); err != nil {
+		if report, err = e.check(ctx, opts, asked, false); err != nil {
 			return varve.FsckReport{}, err
 		}
 	}
@@ -66,18 +69,6 @@ func reportOf(report *fsck.Report, plan *repair.Plan, code int) (out varve.FsckR
 	report.WriteText(&text)
 	out.Text, out.ExitCode = text.String(), code
 	return out, nil
-}
-
-// check looks at the store while it is in use. A database that is damaged is
-// made anew before anything else is looked at: reading it through bbolt may end
-// the process.
-func (e *Engine) check(ctx context.Context, req varve.FsckRequest, progress func(varve.Event)) (*fsck.Report, error) {
-	if err := e.db.Check(ctx); err != nil {
-		return nil, err
-	}
-	return fsck.Run(ctx, fsck.Options{
-		Root: e.root.Path("."), Level: layout.Level(req.Level), DB: e.db.ForCheck(), Boot: e.journal.Boot(), Rate: req.Rate, Progress: slowly(progress),
-	})
 }
 
 func forwardRepairs(progress func(varve.Event)) func(*repair.Step) {
@@ -124,9 +115,12 @@ func look(ctx context.Context, root string) *fsck.Report {
 	return report
 }
 
-// CheckClosed checks a store that cannot be opened. Errors as fsck.Run.
+// CheckClosed checks a store that cannot be opened, from the beginning. Errors
+// as fsck.Run.
 func CheckClosed(ctx context.Context, root string, req varve.FsckRequest, progress func(varve.Event)) (varve.FsckReport, error) {
-	report, err := fsck.Run(ctx, fsck.Options{Root: root, Level: layout.Level(req.Level), Rate: req.Rate, Progress: slowly(progress)})
+	report, err := fsck.Run(ctx, fsck.Options{
+		Root: root, Level: layout.Level(req.Level), Of: req.Of, Sample: req.Sample, Rate: req.Rate, Progress: slowly(progress),
+	})
 	if err != nil {
 		return varve.FsckReport{}, err
 	}

@@ -70,6 +70,9 @@ func Keep(ctx context.Context, options Options, notice func(line string)) (*Keep
 	k.closing, k.close = context.WithCancel(context.Background())
 	k.begin(e, false)
 	k.done.Go(k.keep)
+	if options.Scrub.Every > 0 {
+		k.done.Go(func() { k.scrub(options.Scrub) })
+	}
 	return k, nil
 }
 

@@ -23,9 +23,14 @@ type kept struct {
 
 func keep(t *testing.T, p Place) *kept {
 	t.Helper()
+	return keepScrubbing(t, p, Scrub{})
+}
+
+func keepScrubbing(t *testing.T, p Place, s Scrub) *kept {
+	t.Helper()
 	k := &kept{}
 	var err error
-	k.Keeper, err = Keep(t.Context(), Options{Root: p.Root, State: p.State}, func(line string) {
+	k.Keeper, err = Keep(t.Context(), Options{Root: p.Root, State: p.State, Scrub: s}, func(line string) {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		k.said = append(k.said, line)

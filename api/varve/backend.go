@@ -240,6 +240,13 @@ type CommitRequest struct {
 // FsckRequest asks for a check.
 type FsckRequest struct {
 	Level string `json:"level"`
+	// Of chooses images, containers, layers or blobs, by name or id; nothing
+	// stands for the whole store.
+	Of []string `json:"of,omitempty"`
+	// Sample is the share of all contents that a deep check reads; 0: all.
+	Sample float64 `json:"sample,omitempty"`
+	// Resume has a deep check that was cut off go on; if none was, one begins.
+	Resume bool `json:"resume,omitempty"`
 	// Repair carries a plan out for what was found and checks again. Plan
 	// makes the plan and carries nothing out.
 	Repair bool `json:"repair,omitempty"`
@@ -261,6 +268,19 @@ type FsckReport struct {
 	ExitCode int             `json:"exitCode"`
 }
 
+// Check tells of a deep check.
+type Check struct {
+	Started    time.Time `json:"started"`
+	Finished   time.Time `json:"finished,omitzero"`
+	Of         []string  `json:"of,omitempty"`
+	Sample     float64   `json:"sample,omitempty"`
+	Background bool      `json:"background,omitempty"` // the daemon's own
+	Bytes      int64     `json:"bytes"`                // read
+	Findings   int       `json:"findings"`             // but for notices
+	Losses     int       `json:"losses"`               // of them
+	Healed     int       `json:"healed"`               // of them, then
+}
+
 // Info describes the store and whoever has it open.
 type Info struct {
 	Version  string `json:"version"`
@@ -272,8 +292,12 @@ type Info struct {
 	Images   int    `json:"images"`
 	Layers   int    `json:"layers"`
 	Blobs    int    `json:"blobs"`
-	Kernel   string `json:"kernel"`
-	FileSys  string `json:"fileSystem"`
+	// Checked is the last deep check of the whole store that came to its end.
+	Checked *Check `json:"checked,omitempty"`
+	// Checking are deep checks that did not, yet or because they were cut off.
+	Checking []Check `json:"checking,omitempty"`
+	Kernel   string  `json:"kernel"`
+	FileSys  string  `json:"fileSystem"`
 	// Recovered is what opening the store found unfinished.
 	Recovered []string `json:"recovered,omitempty"`
 }

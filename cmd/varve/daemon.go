@@ -34,7 +34,11 @@ func newDaemon(g *globals) *cobra.Command {
 					return err
 				}
 			}
-			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State}, func(line string) {
+			scrub, err := c.Scrub.scrub()
+			if err != nil {
+				return err
+			}
+			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State, Scrub: scrub}, func(line string) {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
 			})
 			if err != nil {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strconv"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/docker/go-units"
@@ -18,14 +20,15 @@ import (
 const couldNotRun = 3
 
 func newFsck(g *globals) *cobra.Command {
-	var deep, quick, asJSON, list, repair, dryRun bool
-	var rate string
+	var deep, quick, asJSON, list, repair, dryRun, resume bool
+	var rate, sample string
 	var registry registryFlags
 	var of foreignStore
 	cmd := &cobra.Command{
-		Use:   "fsck [OPTIONS]",
+		Use:   "fsck [OPTIONS] [IMAGE | CONTAINER | LAYER | BLOB...]",
 		Short: "Check the store, say what is wrong where, and repair it",
-		Long: `Check the store, say what is wrong where, and repair it.
+		Long: `Check the store, or what is named of it with all that it stands on, say what
+is wrong where, and repair it.
 
 With --repair, what is wrong is made whole from the store's own copies or from
 the registries that it came from, while the store is in use, and then checked
@@ -36,9 +39,11 @@ With --of-oci-layout, --of-docker or --of-containerd, check somebody else's
 instead: no store of varve's is needed, and nothing is changed.
 
 Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			if of.named(cmd) {
+				if len(args) > 0 {
+					return errUsage("fsck: of another engine's store nothing can be chosen")
+				}
 				return of.check(cmd, asJSON)
 			}
 			if list {
@@ -57,7 +62,18 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 			if err != nil {
 				return err
 			}
-			request := varve.FsckRequest{Level: string(level), Repair: repair && !dryRun, Plan: dryRun, Registry: reach}
+			request := varve.FsckRequest{Level: string(level), Of: args, Repair: repair && !dryRun, Plan: dryRun, Resume: resume, Registry: reach}
+			if sample != "" {
+				if request.Sample, err = share(sample); err != nil {
+					return err
+				}
+			}
+			switch {
+			case level != layout.Deep && (resume || sample != ""):
+				return errUsage("fsck: --resume and --sample are for --deep")
+			case resume && (sample != "" || len(args) > 0):
+				return errUsage("fsck: --resume goes on with what was begun; nothing can be chosen anew")
+			}
 			if rate != "" {
 				if request.Rate, err = units.FromHumanSize(rate); err != nil || request.Rate <= 0 {
 					return errUsage("fsck: --rate %q is no number of bytes a second, such as 50MB", rate)
@@ -103,10 +119,25 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&repair, "repair", false, "make whole what is found, and check again")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "print what --repair would do")
 	cmd.Flags().StringVar(&rate, "rate", "", "read at most this many bytes a second, such as 50MB")
+	cmd.Flags().StringVar(&sample, "sample", "", "of the contents, read only this share, drawn anew each time, such as 5%")
+	cmd.Flags().BoolVar(&resume, "resume", false, "go on with the deep check that was cut off; if none was, begin one")
 	registry.add(cmd)
 	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and what that costs, and its repair")
 	of.add(cmd)
 	return cmd
+}
+
+// share reads "5%" or "0.05".
+func share(s string) (float64, error) {
+	number, percent := strings.CutSuffix(s, "%")
+	f, err := strconv.ParseFloat(number, 64)
+	if percent {
+		f /= 100
+	}
+	if err != nil || !(f > 0 && f <= 1) {
+		return 0, errUsage("fsck: --sample %q is no share, such as 5%%", s)
+	}
+	return f, nil
 }
 
 // printFsckJSON prints the report, and beside it the plan if one was made.

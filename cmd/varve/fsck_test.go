@@ -3,12 +3,16 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
+	"varve.dev/fsck"
 	"varve.dev/internal/corrupt"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
@@ -70,6 +74,76 @@ func TestFsckOfAStoreThatDoesNotOpen(t *testing.T) {
 	}
 	if _, code := h.try("fsck", "--root", filepath.Join(t.TempDir(), "none", "such"), "--host", "unix:///none"); code != couldNotRun {
 		t.Errorf("nothing to check: exit code %d", code)
+	}
+}
+
+// What is named is checked with all that it stands on, and nothing else.
+func TestFsckOfAnImage(t *testing.T) {
+	testkit.NeedRoot(t)
+	h := &host{t: t, bin: testkit.Binaries(t), root: filepath.Join(t.TempDir(), "root")} // not clean at the end
+	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+t.TempDir())
+	name, other := busybox(t), testkit.Registry(t).Push(t, testkit.Long(t, 2, 1<<20), "long:latest")
+	h.run("pull", name)
+	h.run("pull", other)
+	files, err := filepath.Glob(filepath.Join(h.root, layout.LayersDir, "*", layout.TreeDir, "bin", "busybox"))
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	if err := os.Chmod(files[0], 0o700); err != nil {
+		t.Fatal(err)
+	}
+	id := filepath.Base(filepath.Dir(filepath.Dir(filepath.Dir(files[0]))))
+	for _, what := range []string{name, id, id[:8]} {
+		if out, code := h.try("fsck", "--deep", what); code != 2 || strings.Count(out, "L4") != 1 || !strings.Contains(out, " of "+what+": 1 findings") {
+			t.Errorf("of %s: exit code %d\n%s", what, code, out)
+		}
+	}
+	if out := h.run("fsck", "--deep", other); !strings.Contains(out, ": clean: ") {
+		t.Error(out)
+	}
+	if out, code := h.try("fsck", "nobody"); code != couldNotRun || !strings.Contains(out, `is called "nobody"`) {
+		t.Errorf("of nobody: exit code %d\n%s", code, out)
+	}
+	if out := h.run("fsck", "--deep", "--repair", name); !strings.Contains(out, "healed") {
+		t.Error(out)
+	}
+	for _, wrong := range [][]string{{"--sample", "5%"}, {"--deep", "--sample", "500%"}, {"--resume"}, {"--deep", "--resume", name}, {"--of-docker", "/", name}} {
+		if out, code := h.try(append([]string{"fsck"}, wrong...)...); code == 0 {
+			t.Errorf("%v: %s", wrong, out)
+		}
+	}
+}
+
+// A deep check that was called off, or whose process was killed, goes on.
+func TestFsckGoesOn(t *testing.T) {
+	h := newHost(t)
+	h.run("pull", testkit.Registry(t).Push(t, testkit.Long(t, 8, 1<<20), "long:latest"))
+	cmd := h.command("fsck", "--deep", "--rate", "4MB")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * time.Second) // of four
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err == nil {
+		t.Fatal("the check came to its end too soon")
+	}
+	if out := h.run("info"); !strings.Contains(out, "Checking:    the store, since ") {
+		t.Error(out)
+	}
+	var cut, whole fsck.Report
+	for i, r := range []*fsck.Report{&cut, &whole} {
+		if err := json.Unmarshal([]byte(h.run("fsck", "--deep", "--json", fmt.Sprintf("--resume=%t", i == 0))), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if cut.Resumed.IsZero() || cut.Bytes < whole.Bytes || cut.Bytes > whole.Bytes*3/2 || cut.Files != whole.Files {
+		t.Errorf("it went on as %+v; at once it is %+v", cut, whole)
+	}
+	out := h.run("info")
+	if !strings.Contains(out, "Checked:     the store, ") || !strings.Contains(out, ", clean\n") || strings.Contains(out, "Checking:") {
+		t.Error(out)
 	}
 }
 

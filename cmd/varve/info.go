@@ -7,9 +7,13 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"strings"
+	"time"
 
+	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
+	"varve.dev/api/varve"
 	"varve.dev/daemon"
 	"varve.dev/errdefs"
 	"varve.dev/internal/version"
@@ -42,6 +46,12 @@ func newInfo(g *globals) *cobra.Command {
 				fmt.Fprintf(out, "Version:     %s\nRoot:        %s (%s)\nStore:       %s, format %d\nOpen in:     %s\nKernel:      %s\n",
 					info.Version, info.Root, info.FileSys, info.StoreID, info.Format, owner, info.Kernel)
 				fmt.Fprintf(out, "Images:      %d\nLayers:      %d\nBlobs:       %d\n", info.Images, info.Layers, info.Blobs)
+				if info.Checked != nil {
+					fmt.Fprintf(out, "Checked:     %s\n", tellCheck(*info.Checked))
+				}
+				for _, c := range info.Checking {
+					fmt.Fprintf(out, "Checking:    %s\n", tellCheck(c))
+				}
 				for _, r := range info.Recovered {
 					fmt.Fprintf(out, "Recovered:   %s\n", r)
 				}
@@ -51,6 +61,31 @@ func newInfo(g *globals) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+// tellCheck describes a deep check in a line.
+func tellCheck(c varve.Check) string {
+	what := "the store"
+	if len(c.Of) > 0 {
+		what = strings.Join(c.Of, ", ")
+	}
+	if c.Sample > 0 {
+		what = fmt.Sprintf("%g%% of %s", c.Sample*100, what)
+	}
+	if c.Background {
+		what += ", in the background"
+	}
+	if c.Finished.IsZero() {
+		return fmt.Sprintf("%s, since %s, %s read", what, c.Started.Local().Format(time.DateTime), units.HumanSize(float64(c.Bytes)))
+	}
+	verdict := "clean"
+	switch {
+	case c.Findings > c.Healed:
+		verdict = fmt.Sprintf("%d findings, %d losses, %d healed: see varve fsck --deep", c.Findings, c.Losses, c.Healed)
+	case c.Findings > 0:
+		verdict = fmt.Sprintf("%d findings, all healed", c.Findings)
+	}
+	return fmt.Sprintf("%s, %s, %s", what, c.Finished.Local().Format(time.DateTime), verdict)
 }
 
 func newVersion() *cobra.Command {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/BurntSushi/toml"
+	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
 	"varve.dev/api/varve"
@@ -38,6 +39,36 @@ type configFile struct {
 		HostsDir  string   `toml:"hosts_dir"`  // folder of <host>/hosts.toml
 		PlainHTTP []string `toml:"plain_http"` // registries to speak HTTP with
 	} `toml:"registry"`
+	Scrub scrubConfig `toml:"scrub"`
+}
+
+// scrubConfig is when a daemon makes a deep check by itself.
+type scrubConfig struct {
+	When   string `toml:"when"`   // "off", "weekly" (default), "continuous"
+	Rate   string `toml:"rate"`   // a second, such as "50MB" (default 20MB)
+	Repair bool   `toml:"repair"` // and make whole what it finds
+}
+
+// defaultScrubRate reads a terabyte in 14 hours.
+const defaultScrubRate = 20_000_000
+
+func (c scrubConfig) scrub() (s daemon.Scrub, err error) {
+	s = daemon.Scrub{Rate: defaultScrubRate, Repair: c.Repair}
+	switch c.When {
+	case "off":
+	case "", "weekly":
+		s.Every = daemon.ScrubWeekly
+	case "continuous":
+		s.Every = daemon.ScrubContinuously
+	default:
+		return s, fmt.Errorf("scrub.when %q is not off, weekly or continuous: %w", c.When, errdefs.ErrInvalidArgument)
+	}
+	if c.Rate != "" {
+		if s.Rate, err = units.FromHumanSize(c.Rate); err != nil || s.Rate <= 0 {
+			return s, fmt.Errorf("scrub.rate %q is no number of bytes a second, such as 50MB: %w", c.Rate, errdefs.ErrInvalidArgument)
+		}
+	}
+	return s, nil
 }
 
 func newRoot() *cobra.Command {

@@ -1,0 +1,127 @@
+package daemon
+
+import (
+	"context"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"varve.dev/api/varve"
+	"varve.dev/internal/testkit"
+	"varve.dev/layout"
+)
+
+// load gives a store an image.
+func (k *kept) load(t *testing.T, img testkit.Image) {
+	t.Helper()
+	tar := exec.Command("tar", "-C", img.Dir, "-cf", "-", ".")
+	out, err := tar.StdoutPipe()
+	if err == nil {
+		err = tar.Start()
+	}
+	if err == nil {
+		_, err = k.Load(t.Context(), out, nil)
+	}
+	if err == nil {
+		err = tar.Wait()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (k *kept) info(t *testing.T) varve.Info {
+	t.Helper()
+	info, err := k.Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info
+}
+
+// spoil changes the first byte of one file in a layer, and leaves its times.
+func spoil(t *testing.T, root string) {
+	t.Helper()
+	done := false
+	err := filepath.WalkDir(filepath.Join(root, layout.LayersDir), func(name string, d fs.DirEntry, err error) error {
+		if err != nil || done || !d.Type().IsRegular() {
+			return err
+		}
+		fi, err := d.Info()
+		if err != nil || fi.Size() == 0 {
+			return err
+		}
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		data[0] ^= 1
+		done = true
+		if err := os.WriteFile(name, data, 0); err != nil {
+			return err
+		}
+		return os.Chtimes(name, fi.ModTime(), fi.ModTime())
+	})
+	if err != nil || !done {
+		t.Fatalf("nothing to spoil: %v", err)
+	}
+}
+
+// A daemon finds by itself what goes bad, makes it whole if it is to, and tells
+// of its last check.
+func TestScrub(t *testing.T) {
+	testkit.NeedRoot(t)
+	p := testPlace(t)
+	k := keepScrubbing(t, p, Scrub{Every: 10 * time.Millisecond, Repair: true})
+	k.load(t, testkit.Busybox(t))
+	clean := func() bool {
+		c := k.info(t).Checked
+		return c != nil && c.Background && c.Bytes > 0 && c.Findings == 0
+	}
+	eventually(t, "a clean check", clean)
+	spoil(t, p.Root)
+	eventually(t, "said what it found", func() bool { return k.saidOf("L4 loss: layer ") == 1 })
+	eventually(t, "healed", func() bool { return k.saidOf("is healed") == 1 })
+	eventually(t, "clean again", clean)
+}
+
+// A check in the background that the daemon's end cuts off goes on when it is
+// there again; the time to the next is counted from its end.
+func TestScrubGoesOn(t *testing.T) {
+	testkit.NeedRoot(t)
+	p := testPlace(t)
+	k := keep(t, p)
+	k.load(t, testkit.Long(t, 4, 1<<20))
+	must := func(err error) {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(k.Close(context.Background()))
+
+	k = keepScrubbing(t, p, Scrub{Every: time.Millisecond, Rate: 2 << 20}) // of 8 MiB
+	time.Sleep(1500 * time.Millisecond) // some blobs are read, not all
+	must(k.Close(context.Background()))
+
+	k = keep(t, p)
+	info := k.info(t)
+	if len(info.Checking) != 1 || !info.Checking[0].Background || info.Checking[0].Bytes < 1<<20 || info.Checked != nil {
+		t.Fatalf("cut off: %+v, before: %+v", info.Checking, info.Checked)
+	}
+	cut := info.Checking[0]
+	must(k.Close(context.Background()))
+
+	k = keepScrubbing(t, p, Scrub{Every: time.Hour})
+	eventually(t, "the end of that check", func() bool { return k.info(t).Checked != nil })
+	info = k.info(t)
+	if c := info.Checked; !c.Started.Equal(cut.Started) || c.Findings != 0 || len(info.Checking) != 0 {
+		t.Errorf("it went on as %+v, still to do %+v", c, info.Checking)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if again := k.info(t); !again.Checked.Finished.Equal(info.Checked.Finished) || len(again.Checking) != 0 {
+		t.Errorf("another check began before its time: %+v", again.Checked)
+	}
+}
