@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"varve.dev/errdefs"
+	"varve.dev/fsck/reach"
 	"varve.dev/layer"
 	"varve.dev/layout"
 )
@@ -68,9 +69,13 @@ func (b *blobRepair) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if b.forgotten(ctx) {
+		_, err := p.close()
+		return err
+	}
 	err = p.take(layout.BlobPath(b.blob))
 	if err == nil {
-		err = b.again(ctx)
+		err = b.again(ctx, p)
 	}
 	dir, cerr := p.close()
 	b.out.Quarantine = dir
@@ -80,8 +85,20 @@ func (b *blobRepair) run(ctx context.Context) error {
 	return errors.Join(err, cerr)
 }
 
-// again brings the blob back from the first that gives its very bytes.
-func (b *blobRepair) again(ctx context.Context) error {
+// forgotten tells whether the blob is whole on the disk, and memory, which had
+// other bytes of it, has them no more.
+func (b *blobRepair) forgotten(ctx context.Context) bool {
+	sum, err := sumOf(ctx, reach.NewReader(), b.Root.Path(layout.BlobPath(b.blob)))
+	if err != nil || sum != b.blob.Hex() {
+		return false
+	}
+	b.out.Healed, b.out.From = true, "the disk; memory had something else"
+	return true
+}
+
+// again brings the blob back from the first that gives its very bytes. What was
+// taken away is one: where the disk is bad, memory may still have the bytes.
+func (b *blobRepair) again(ctx context.Context, p *place) error {
 	var all error
 	try := func(from string, write func(io.Writer) error) bool {
 		_, err := b.publishBlob(ctx, b.blob, write)
@@ -91,6 +108,11 @@ func (b *blobRepair) again(ctx context.Context) error {
 		}
 		all = errors.Join(all, fmt.Errorf("%s: %w", from, err))
 		return ctx.Err() != nil
+	}
+	if remembered := p.find(layout.BlobPath(b.blob)); remembered != "" {
+		if try("memory", func(w io.Writer) error { return b.copyOut(remembered, w) }) {
+			return nil
+		}
 	}
 	for _, id := range b.describedBy(b.blob) {
 		if try("the tree of layer "+string(id), func(w io.Writer) error { return b.describe(ctx, id, w) }) {
@@ -114,6 +136,17 @@ func (b *blobRepair) again(ctx context.Context) error {
 		return nil
 	}
 	return errors.Join(all, err)
+}
+
+// copyOut writes what reading a file of the store gives.
+func (w *work) copyOut(rel string, out io.Writer) error {
+	f, err := os.Open(w.Root.Path(rel))
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	defer f.Close()
+	_, err = io.Copy(out, f)
+	return err
 }
 
 // describe writes a layer's file manifest.

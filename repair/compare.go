@@ -2,14 +2,19 @@ package repair
 
 import (
 	"context"
+	"encoding/hex"
+	"errors"
 	"maps"
 	"os"
+	"path"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"varve.dev/fsck/reach"
 	"varve.dev/layer"
+	"varve.dev/layout"
 )
 
 // change is what has to be done to one entry of a layer's file manifest.
@@ -31,15 +36,18 @@ func (c *change) needsContents() bool {
 }
 
 // compare holds a tree against its file manifest and returns what has to be
-// done, directories first and from the top, and what has to be taken out. The contents of a file are
-// read if suspect says so, or if the size tells that they are wrong.
+// done, directories first and from the top, and what has to be taken out. The
+// contents of a file are read, from the disk, if suspect says so, or if the
+// size tells that they are wrong.
 func compare(ctx context.Context, dir string, want *layer.Manifest, suspect func(name string) bool) (changes []*change, extra []string, err error) {
 	wants := byName(want)
+	disk := reach.NewReader()
 	got, err := layer.Walk(ctx, dir, layer.WalkOptions{Known: func(name string) (string, bool) {
 		if w := wants[name]; w != nil && !suspect(name) {
 			return w.SHA256, true
 		}
-		return "", false
+		sum, err := sumOf(ctx, disk, path.Join(dir, name))
+		return sum, err == nil
 	}})
 	if os.IsNotExist(err) {
 		got, err = &layer.Manifest{}, nil
@@ -70,6 +78,32 @@ func compare(ctx context.Context, dir string, want *layer.Manifest, suspect func
 		extra = append(extra, name)
 	}
 	return changes, extra, nil
+}
+
+// sumOf returns the hash of what a file has on the disk, and has the machine
+// forget what else it has of it in memory. If somebody keeps it there, or the
+// disk does not give the bytes, it has none: another file has to take its place.
+func sumOf(ctx context.Context, disk *reach.Reader, file string) (string, error) {
+	for range 2 {
+		hash := layout.Algorithm.Hash()
+		err := disk.Read(ctx, unix.AT_FDCWD, file, func(piece []byte) error {
+			_, err := hash.Write(piece)
+			return err
+		})
+		if err == nil {
+			return hex.EncodeToString(hash.Sum(nil)), nil
+		}
+		if errors.Is(err, unix.EIO) {
+			return "", nil
+		}
+		if !errors.Is(err, reach.ErrMemory) {
+			return "", err
+		}
+		if err := reach.Forget(unix.AT_FDCWD, file); err != nil {
+			return "", err
+		}
+	}
+	return "", nil
 }
 
 func byName(m *layer.Manifest) map[string]*layer.Entry {

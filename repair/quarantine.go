@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"strconv"
 	"time"
@@ -44,6 +45,18 @@ func (p *place) name(rel string) string {
 	n := strconv.Itoa(p.last)
 	p.note.Files[n] = rel
 	return n
+}
+
+// find returns where in the store something is that was taken from rel; "" if
+// it was not there.
+func (p *place) find(rel string) string {
+	for name, from := range p.note.Files {
+		at := path.Join(p.rel, name)
+		if fi, err := os.Lstat(p.w.Root.Path(at)); from == rel && err == nil && fi.Mode().IsRegular() {
+			return at
+		}
+	}
+	return ""
 }
 
 func (p *place) save() error {

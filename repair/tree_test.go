@@ -29,11 +29,16 @@ type host struct {
 
 func newHost(t *testing.T) *host {
 	t.Helper()
+	return newHostAt(t, t.TempDir())
+}
+
+func newHostAt(t *testing.T, root string) *host {
+	t.Helper()
 	testkit.NeedRoot(t)
 	registry := testkit.Registry(t)
 	registry.Push(t, testkit.Stacked(t, 4, 30), "stacked:1")
 	registry.Push(t, testkit.Busybox(t), "busybox:1")
-	h := &host{root: t.TempDir(), state: t.TempDir(), remote: registry.Addr, registry: registry}
+	h := &host{root: root, state: t.TempDir(), remote: registry.Addr, registry: registry}
 	t.Setenv("VARVE_RUNTIME", filepath.Join(testkit.Binaries(t), "varve-runtime"))
 	h.with(t, func(ctx context.Context, e *daemon.Engine) {
 		h.pull(t, e, "stacked:1")
