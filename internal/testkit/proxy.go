@@ -154,6 +154,15 @@ func (p *Proxy) Requests() []string {
 	return append([]string(nil), p.log...)
 }
 
+// Forget makes it as if nothing had been asked so far.
+func (p *Proxy) Forget() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	clear(p.count)
+	clear(p.bytes)
+	p.log = nil
+}
+
 // Ref is the name of repo:tag seen through this proxy.
 func (p *Proxy) Ref(repoTag string) string { return p.Addr + "/" + repoTag }
 
