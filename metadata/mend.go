@@ -62,14 +62,89 @@ func (tx *Tx) DropCache(key string) error {
 	return errors.Join(err, tx.Drop(layout.CacheNode(key)))
 }
 
-// FixEdge makes an edge whole: in both directions if both its ends exist, else
-// in none.
+// FixEdge makes an edge whole, in both directions, if both its ends exist, and
+// drops it if its parent does not, or has a record that does not call for it.
+// What that record does call for is linked before: what is dropped must not
+// take with it what only a lost edge held. Errors: ErrNotFound for a child that
+// is needed and not there.
 func (tx *Tx) FixEdge(e layout.Edge) error {
-	switch {
-	case tx.Exists(e.Parent) && tx.Exists(e.Child):
-		return tx.Link(e)
-	case !tx.Exists(e.Parent):
+	if !tx.Exists(e.Parent) {
 		return tx.Unlink(e)
 	}
+	called, known, err := tx.calledFor(e.Parent)
+	if err != nil {
+		return err
+	}
+	for _, c := range called {
+		// The directory of a writable layer exists by being referred to.
+		if kind, _ := c.Child.Split(); kind == layout.KindActive || tx.Exists(c.Child) {
+			err = errors.Join(err, tx.Link(c))
+		}
+	}
+	switch {
+	case err != nil:
+		return err
+	case slices.Contains(known, e.Rel) && !slices.Contains(called, e):
+		return tx.Unlink(e)
+	case tx.Exists(e.Child):
+		return tx.Link(e)
+	}
 	return fmt.Errorf("%s is needed by %s and is not there: %w", e.Child, e.Parent, errdefs.ErrNotFound)
+}
+
+// calledFor returns the edges that the record of a node calls for by itself,
+// and the relations that it tells of: of others, documents tell, or those that
+// made them.
+func (tx *Tx) calledFor(n layout.Node) (edges []layout.Edge, known []string, err error) {
+	needs := func(rel string, child layout.Node) {
+		edges = append(edges, layout.Edge{Parent: n, Rel: rel, Child: child})
+	}
+	switch kind, id := n.Split(); kind {
+	case layout.KindSnapshot:
+		rec, err := tx.Snapshots().Get(layout.SnapshotKey(id))
+		if err != nil {
+			return nil, nil, err
+		}
+		known = []string{layout.RelParent, layout.RelTree}
+		if rec.Parent != "" {
+			needs(layout.RelParent, layout.SnapshotNode(rec.Parent))
+		}
+		switch {
+		case rec.Kind == layout.SnapshotCommitted:
+			needs(layout.RelTree, layout.LayerNode(rec.Layer))
+		case rec.Layer != "":
+			needs(layout.RelTree, layout.ActiveNode(rec.Layer))
+		}
+	case layout.KindLayer:
+		rec, err := tx.Layers().Get(layout.LayerID(id))
+		if err != nil {
+			return nil, nil, err
+		}
+		known = []string{layout.RelFiles}
+		needs(layout.RelFiles, layout.BlobNode(rec.Manifest))
+	case layout.KindImage:
+		rec, err := tx.Images().Get(id)
+		if err != nil {
+			return nil, nil, err
+		}
+		known = []string{layout.RelTarget}
+		needs(layout.RelTarget, layout.BlobNode(layout.BlobDigest(rec.Target.Digest)))
+	case layout.KindContainer:
+		rec, err := tx.Containers().Get(layout.ContainerID(id))
+		if err != nil {
+			return nil, nil, err
+		}
+		known = []string{layout.RelRootfs}
+		needs(layout.RelRootfs, layout.SnapshotNode(rec.Snapshot))
+	case layout.KindCache:
+		rec, err := tx.Cache().Get(id)
+		if err != nil {
+			return nil, nil, err
+		}
+		known = []string{layout.RelResult}
+		for _, s := range rec.Snapshots {
+			needs(layout.RelResult, layout.SnapshotNode(s))
+		}
+	}
+	return edges, known, nil
 }

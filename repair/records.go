@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/errdefs"
 	"varve.dev/fsck"
@@ -126,8 +129,29 @@ func fixEdge(ctx context.Context, w *work, f fsck.Finding) error {
 	if err != nil {
 		return err
 	}
+	needless := e.Rel == layout.RelContent && w.namesOthers(ctx, e)
 	defer w.Journal.Kick()
-	return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.FixEdge(e) })
+	return w.DB.Update(ctx, func(tx *metadata.Tx) error {
+		if needless {
+			return tx.Unlink(e)
+		}
+		return tx.FixEdge(e)
+	})
+}
+
+// namesOthers tells whether an edge begins at a manifest or an index that can
+// be read and does not name its child.
+func (w *work) namesOthers(ctx context.Context, e layout.Edge) bool {
+	_, parent := e.Parent.Split()
+	_, child := e.Child.Split()
+	var doc document
+	if !w.readJSON(ctx, layout.BlobDigest(parent), &doc) {
+		return false
+	}
+	if doc.Config != nil {
+		doc.Layers = append(doc.Layers, *doc.Config)
+	}
+	return !slices.ContainsFunc(append(doc.Layers, doc.Manifests...), func(d ocispec.Descriptor) bool { return d.Digest.String() == child })
 }
 
 // edgeOf reads how findings name an edge: edge "parent" -rel-> "child".

@@ -2,6 +2,7 @@ package repair_test
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
@@ -61,6 +62,15 @@ var mishaps = map[string]func(t *testing.T, h *host, tx *metadata.Tx) error{
 	"E2": func(_ *testing.T, h *host, tx *metadata.Tx) error {
 		id, _ := anyLayer(tx)
 		return tx.Link(layout.Edge{Parent: layout.ImageNode("nobody's"), Rel: layout.RelHolds, Child: layout.LayerNode(id)})
+	},
+	"E3": func(t *testing.T, h *host, tx *metadata.Tx) error {
+		id, _ := anyLayer(tx)
+		_, manifest := stacked(t)
+		needless := layout.BlobNode(layout.BlobDigest(manifest))
+		return errors.Join(
+			tx.Link(layout.Edge{Parent: layout.LayerNode(id), Rel: layout.RelFiles, Child: needless}),
+			tx.Link(layout.Edge{Parent: layout.BlobNode(layout.BlobDigest(manifest)), Rel: layout.RelContent, Child: needless}),
+		)
 	},
 	"E4": func(_ *testing.T, h *host, tx *metadata.Tx) error {
 		d := layout.BlobDigest(digest.FromString("unheld"))
