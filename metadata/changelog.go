@@ -331,28 +331,61 @@ const maxEnd = 256 << 20
 // logChunk is how many records share a line of the log's beginning.
 const logChunk = 500
 
-// writeLog writes the log anew from the database, under another name first.
+// writeLog writes the log anew from the database and lets it follow it.
 func (db *DB) writeLog() error {
-	const name = durable.TempPrefix + layout.LogFile
-	// The first line says how long the beginning is.
-	var size counter
-	if _, err := db.dump(&size, 0); err != nil {
-		return fmt.Errorf("write the log anew: %w", err)
-	}
-	last, err := db.writeBeginning(name, int64(size))
-	if err == nil {
-		err = db.root.Replace(name, layout.LogFile)
-	}
-	if err != nil {
-		return fmt.Errorf("write the log anew: %w", err)
-	}
-	f, err := db.root.AppendFile(layout.LogFile, 0o600)
+	f, last, err := db.newLog()
 	if err != nil {
 		return err
 	}
 	db.log.begin(f, last)
 	db.log.synced = last
 	return nil
+}
+
+// RewriteLog makes the log of an open database give what the database holds,
+// whatever it gave before. After nil the new log is durable; after an error the
+// old one stands. Commits wait meanwhile.
+func (db *DB) RewriteLog(ctx context.Context) error {
+	if err := db.exchangeLog(); err != nil {
+		return err
+	}
+	// As dropTail: the commit takes out of the database what the log has.
+	return db.Update(ctx, func(*Tx) error { return nil })
+}
+
+func (db *DB) exchangeLog() error {
+	db.committing.Lock()
+	defer db.committing.Unlock()
+	f, last, err := db.newLog()
+	if err != nil {
+		return err
+	}
+	l := db.log
+	l.mu.Lock()
+	old := l.file
+	l.file, l.last, l.synced, l.failed = f, last, last, false
+	l.mu.Unlock()
+	_ = old.Close() // it has no name any more
+	return nil
+}
+
+// newLog writes a log from the database, under another name first, and opens
+// it. No commit may take place meanwhile.
+func (db *DB) newLog() (f *durable.File, last uint64, err error) {
+	const name = durable.TempPrefix + layout.LogFile
+	// The first line says how long the beginning is.
+	var size counter
+	if _, err = db.dump(&size, 0); err == nil {
+		last, err = db.writeBeginning(name, int64(size))
+	}
+	if err == nil {
+		err = db.root.Replace(name, layout.LogFile)
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("write the log anew: %w", err)
+	}
+	f, err = db.root.AppendFile(layout.LogFile, 0o600)
+	return f, last, err
 }
 
 // writeBeginning makes the file name, in place of what a crash has left of an

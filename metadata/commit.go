@@ -126,6 +126,8 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	if !slices.ContainsFunc(group, func(u *update) bool { return u.fn != nil }) {
 		return failed, nil
 	}
+	db.committing.Lock()
+	defer db.committing.Unlock()
 	var line []byte
 	var number uint64
 	err = db.guard(func() error {

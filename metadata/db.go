@@ -43,6 +43,8 @@ type DB struct {
 	log     *changeLog
 	rebuilt *layout.RebuiltRecord
 
+	committing sync.Mutex // held for a commit and its line, and while the log is exchanged
+
 	committed atomic.Uint64 // the number of the last commit; see notBefore
 }
 

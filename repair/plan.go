@@ -96,6 +96,7 @@ const (
 	blobsFirst = iota
 	treesNext
 	recordsLast
+	logAfterRecords // it is written from them
 )
 
 // Plan makes the plan for what a check has found. It changes nothing; the plan
@@ -186,7 +187,11 @@ func (w *work) stepFor(ctx context.Context, f fsck.Finding) *Step {
 		return w.blobStep(ctx, layout.BlobDigest(id))
 	}
 	if mend, ok := recordRepairs[f.Invariant]; ok {
-		return &Step{Object: f.Object, Does: f.Repair, order: recordsLast, run: func(ctx context.Context, out *Outcome) error {
+		order := recordsLast
+		if f.Invariant == "M4" {
+			order = logAfterRecords
+		}
+		return &Step{Object: f.Object, Does: f.Repair, order: order, run: func(ctx context.Context, out *Outcome) error {
 			err := mend(ctx, w, f)
 			out.Healed = err == nil
 			return err

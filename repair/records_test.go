@@ -82,6 +82,7 @@ var mishaps = map[string]func(t *testing.T, h *host, tx *metadata.Tx) error{
 	"K1": func(_ *testing.T, h *host, tx *metadata.Tx) error {
 		return tx.Cache().Put("odd", layout.CacheRecord{LastUse: time.Now()})
 	},
+	"M4": func(_ *testing.T, h *host, _ *metadata.Tx) error { return flip(filepath.Join(h.root, layout.LogFile)) },
 	"N1": func(_ *testing.T, h *host, _ *metadata.Tx) error {
 		dir := filepath.Join(h.root, layout.IngestDir, "odd")
 		return os.MkdirAll(filepath.Join(dir, "more"), 0o700)
