@@ -2,6 +2,7 @@ package metadata
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,9 +15,10 @@ import (
 // among it: that is what a database is made anew for.
 
 // Unused queues the files at path for the trash, unless something names them by
-// now: n, or an open intent. It tells whether it did.
+// now: the record of n, what refers to n, or an open intent. It tells whether
+// it did.
 func (tx *Tx) Unused(n layout.Node, path string) (bool, error) {
-	named := tx.Exists(n)
+	named := tx.Exists(n) || tx.Referenced(n)
 	err := tx.Intents().Each("", func(_ layout.IntentID, in layout.IntentRecord) error {
 		for _, m := range in.Blobs {
 			named = named || layout.BlobPath(m.Digest) == path
@@ -30,6 +32,47 @@ func (tx *Tx) Unused(n layout.Node, path string) (bool, error) {
 		return false, err
 	}
 	return true, tx.Sweep(n, path)
+}
+
+// LoggedRecords returns the records that the change log tells of, by bucket and
+// key; nil if it cannot be read to its end.
+func (db *DB) LoggedRecords() map[string]map[string]json.RawMessage {
+	r := newRebuilder(db.root)
+	if r.readLog(); len(r.report.Lost) > 0 {
+		return nil
+	}
+	return r.state
+}
+
+// PutLogged stores a record of n as a change log has it.
+func (tx *Tx) PutLogged(n layout.Node, value json.RawMessage) error {
+	kind, id := n.Split()
+	switch kind {
+	case layout.KindLayer:
+		var rec layout.LayerRecord
+		if err := json.Unmarshal(value, &rec); err != nil {
+			return fmt.Errorf("%s: %w: %w", n, err, errdefs.ErrDataLoss)
+		}
+		return tx.PutLayer(layout.LayerID(id), rec)
+	case layout.KindCache:
+		var rec layout.CacheRecord
+		if err := json.Unmarshal(value, &rec); err != nil {
+			return fmt.Errorf("%s: %w: %w", n, err, errdefs.ErrDataLoss)
+		}
+		return tx.PutCache(id, rec)
+	}
+	return table[string, json.RawMessage](tx, recordBuckets[kind]).Put(id, value)
+}
+
+// KeyOfLayer returns the key under which the index names a layer; "" if it does
+// under none.
+func (tx *Tx) KeyOfLayer(id layout.LayerID) (key string, err error) {
+	return key, tx.layerKeys().Each("", func(k string, ids layout.LayerIDs) error {
+		if slices.Contains(ids, id) {
+			key = k
+		}
+		return nil
+	})
 }
 
 // FixLayerKey makes a key lead only to layers that have it. Those that lack
@@ -69,6 +112,9 @@ func (tx *Tx) DropCache(key string) error {
 // is needed and not there.
 func (tx *Tx) FixEdge(e layout.Edge) error {
 	if !tx.Exists(e.Parent) {
+		if e.Rel == layout.RelRootfs {
+			return fmt.Errorf("%s holds what a container has written, and is not recorded: %w", e.Parent, errdefs.ErrNotFound)
+		}
 		return tx.Unlink(e)
 	}
 	called, known, err := tx.calledFor(e.Parent)

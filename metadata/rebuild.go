@@ -27,10 +27,7 @@ import (
 //
 // It may be cut off at any point and run again.
 func rebuild(root *durable.Root, why error) error {
-	r := &rebuilder{root: root, state: map[string]map[string]json.RawMessage{}}
-	for _, b := range layout.LoggedBuckets() {
-		r.state[b] = map[string]json.RawMessage{}
-	}
+	r := newRebuilder(root)
 	r.report = layout.RebuiltRecord{When: time.Now().UTC(), Why: why.Error()}
 	r.readLog()
 	r.decode()
@@ -46,6 +43,14 @@ func rebuild(root *durable.Root, why error) error {
 		return fmt.Errorf("rebuild the database: %w", err)
 	}
 	return nil
+}
+
+func newRebuilder(root *durable.Root) *rebuilder {
+	r := &rebuilder{root: root, state: map[string]map[string]json.RawMessage{}}
+	for _, b := range layout.LoggedBuckets() {
+		r.state[b] = map[string]json.RawMessage{}
+	}
+	return r
 }
 
 type rebuilder struct {

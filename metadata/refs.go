@@ -217,18 +217,24 @@ func (tx *Tx) Exists(n layout.Node) bool {
 	if kind == layout.KindActive {
 		return tx.Referenced(n)
 	}
-	bucket, ok := map[string]string{
-		layout.KindBlob:      layout.BucketBlobs,
-		layout.KindLayer:     layout.BucketLayers,
-		layout.KindSnapshot:  layout.BucketSnapshots,
-		layout.KindImage:     layout.BucketImages,
-		layout.KindContainer: layout.BucketContainers,
-		layout.KindLease:     layout.BucketLeases,
-		layout.KindCache:     layout.BucketCache,
-		layout.KindIntent:    layout.BucketIntents,
-	}[kind]
+	bucket, ok := recordBuckets[kind]
 	if !ok {
 		return kind == layout.KindAPI
 	}
 	return tx.bolt.Bucket([]byte(bucket)).Get([]byte(id)) != nil
 }
+
+// recordBuckets have the records of nodes, by kind.
+var recordBuckets = map[string]string{
+	layout.KindBlob:      layout.BucketBlobs,
+	layout.KindLayer:     layout.BucketLayers,
+	layout.KindSnapshot:  layout.BucketSnapshots,
+	layout.KindImage:     layout.BucketImages,
+	layout.KindContainer: layout.BucketContainers,
+	layout.KindLease:     layout.BucketLeases,
+	layout.KindCache:     layout.BucketCache,
+	layout.KindIntent:    layout.BucketIntents,
+}
+
+// RecordBucket is the bucket with the records of nodes of a kind.
+func RecordBucket(kind string) string { return recordBuckets[kind] }

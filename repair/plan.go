@@ -3,6 +3,7 @@ package repair
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -63,7 +64,7 @@ type Step struct {
 	// Done is what came of it; nil before.
 	Done *Outcome `json:"done,omitempty"`
 
-	order int // blobs before the trees that they describe, records last
+	order int
 	run   func(context.Context, *Outcome) error
 }
 
@@ -91,13 +92,18 @@ type Container struct {
 	PIDs []int `json:"pids,omitempty"`
 }
 
-// The order of steps.
+// The order of steps: lost records first, which everything else is looked up
+// by, and blobs before the trees that they describe.
 const (
-	blobsFirst = iota
+	lostRecords = iota
+	blobsFirst
 	treesNext
 	recordsLast
 	logAfterRecords // it is written from them
 )
+
+// orders of the repairs of records, where they are not recordsLast.
+var orders = map[string]int{"E2": lostRecords, "M4": logAfterRecords}
 
 // Plan makes the plan for what a check has found. It changes nothing; the plan
 // is for this store and this moment.
@@ -106,7 +112,7 @@ func (r *Repairer) Plan(ctx context.Context, report *fsck.Report, from Registrie
 	if err != nil {
 		return nil, err
 	}
-	w := &work{Repairer: r, known: known, registries: from}
+	w := &work{Repairer: r, known: known, registries: from, logged: sync.OnceValue(r.DB.LoggedRecords)}
 	byObject := map[string]*Step{}
 	plan := &Plan{Steps: []*Step{}}
 	for _, f := range report.Findings {
@@ -156,6 +162,8 @@ type work struct {
 	*Repairer
 	known      *stock
 	registries Registries
+	// logged are the records that the change log has, by bucket and key.
+	logged func() map[string]map[string]json.RawMessage
 }
 
 // subject tells which findings are of one step: all of a layer's tree and of a
@@ -187,12 +195,12 @@ func (w *work) stepFor(ctx context.Context, f fsck.Finding) *Step {
 		return w.blobStep(ctx, layout.BlobDigest(id))
 	}
 	if mend, ok := recordRepairs[f.Invariant]; ok {
-		order := recordsLast
-		if f.Invariant == "M4" {
-			order = logAfterRecords
+		order, ok := orders[f.Invariant]
+		if !ok {
+			order = recordsLast
 		}
 		return &Step{Object: f.Object, Does: f.Repair, order: order, run: func(ctx context.Context, out *Outcome) error {
-			err := mend(ctx, w, f)
+			err := mend(ctx, w, f, out)
 			out.Healed = err == nil
 			return err
 		}}

@@ -20,16 +20,18 @@ import (
 // mode, by the invariant. What is neither here nor healed by a step of its own
 // is healed by opening the store, or by nobody: a test compares the three with
 // the law.
-var recordRepairs = map[string]func(context.Context, *work, fsck.Finding) error{
-	"M4": func(ctx context.Context, w *work, _ fsck.Finding) error { return w.DB.RewriteLog(ctx) },
+var recordRepairs = map[string]func(context.Context, *work, fsck.Finding, *Outcome) error{
+	"M4": func(ctx context.Context, w *work, _ fsck.Finding, _ *Outcome) error { return w.DB.RewriteLog(ctx) },
 	"B4": unused(func(name string) layout.Node {
 		return layout.BlobNode(layout.BlobDigest(string(layout.Algorithm) + ":" + name))
 	}),
-	"B5": func(_ context.Context, w *work, f fsck.Finding) error { return w.Root.SetMode(f.Path, blobPerm) },
+	"B5": func(_ context.Context, w *work, f fsck.Finding, _ *Outcome) error {
+		return w.Root.SetMode(f.Path, blobPerm)
+	},
 	"L2": unused(func(name string) layout.Node { return layout.LayerNode(layout.LayerID(name)) }),
 	"L5": fixLayerKey,
 	"L6": fixUsage,
-	"S3": func(ctx context.Context, w *work, f fsck.Finding) error {
+	"S3": func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		key, err := quoted(f.Object)
 		if err != nil {
 			return err
@@ -37,9 +39,9 @@ var recordRepairs = map[string]func(context.Context, *work, fsck.Finding) error{
 		return w.Snaps.Remake(ctx, layout.SnapshotKey(key))
 	},
 	"E1": fixEdge,
-	"E2": fixEdge,
+	"E2": restoreEnds,
 	"E3": fixEdge,
-	"E4": func(ctx context.Context, w *work, f fsck.Finding) error {
+	"E4": func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		n, err := quoted(f.Object)
 		if err != nil {
 			return err
@@ -47,15 +49,15 @@ var recordRepairs = map[string]func(context.Context, *work, fsck.Finding) error{
 		defer w.Journal.Kick()
 		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.Collect(layout.Node(n)) })
 	},
-	"T2": func(ctx context.Context, w *work, f fsck.Finding) error {
+	"T2": func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		_, id, _ := strings.Cut(f.Object, " ")
 		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.Sweeps().Delete(id) })
 	},
-	"N1": func(_ context.Context, w *work, f fsck.Finding) error {
+	"N1": func(_ context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		_, id, _ := strings.Cut(f.Object, " ")
 		return w.Root.RemoveAll(layout.IngestPath(layout.IngestID(id)))
 	},
-	"K1": func(ctx context.Context, w *work, f fsck.Finding) error {
+	"K1": func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		key, err := quoted(f.Object)
 		if err != nil {
 			return err
@@ -77,18 +79,22 @@ var leftToUsers = []string{"S1", "S2", "S4", "I1", "I2", "I3", "G2", "C1", "C2",
 const blobPerm = 0o444
 
 // unused moves what nothing names to the trash, unless something does by now.
-func unused(nodeOf func(name string) layout.Node) func(context.Context, *work, fsck.Finding) error {
-	return func(ctx context.Context, w *work, f fsck.Finding) error {
+func unused(nodeOf func(name string) layout.Node) func(context.Context, *work, fsck.Finding, *Outcome) error {
+	return func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		defer w.Journal.Kick()
 		return w.DB.Update(ctx, func(tx *metadata.Tx) error {
-			_, err := tx.Unused(nodeOf(path.Base(f.Path)), f.Path)
+			n := nodeOf(path.Base(f.Path))
+			swept, err := tx.Unused(n, f.Path)
+			if err == nil && !swept && tx.Referenced(n) && !tx.Exists(n) {
+				err = fmt.Errorf("%s is referred to, and not recorded: %w", n, errdefs.ErrFailedPrecondition)
+			}
 			return err
 		})
 	}
 }
 
 // fixLayerKey is for a key that leads astray, or a layer that lacks its own.
-func fixLayerKey(ctx context.Context, w *work, f fsck.Finding) error {
+func fixLayerKey(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 	return w.DB.Update(ctx, func(tx *metadata.Tx) error {
 		if n, ok := node(f); ok {
 			_, id := n.Split()
@@ -107,7 +113,7 @@ func fixLayerKey(ctx context.Context, w *work, f fsck.Finding) error {
 }
 
 // fixUsage counts a layer again by its file manifest.
-func fixUsage(ctx context.Context, w *work, f fsck.Finding) error {
+func fixUsage(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 	n, _ := node(f)
 	_, id := n.Split()
 	t := &treeRepair{work: w, id: layout.LayerID(id), rec: w.known.layers[layout.LayerID(id)]}
@@ -125,7 +131,7 @@ func fixUsage(ctx context.Context, w *work, f fsck.Finding) error {
 	})
 }
 
-func fixEdge(ctx context.Context, w *work, f fsck.Finding) error {
+func fixEdge(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 	e, err := edgeOf(f.Object)
 	if err != nil {
 		return err

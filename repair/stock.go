@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/image"
@@ -21,6 +22,7 @@ type stock struct {
 	images map[layout.BlobDigest][]string            // names of those that need a blob
 	parent map[layout.BlobDigest][]layout.BlobDigest // manifests of a layer's blob
 	ofDiff map[layout.DiffID][]layout.BlobDigest     // blobs that a layer was unpacked from
+	diffOf map[layout.ChainID]layout.DiffID          // the top layer of a chain
 }
 
 // maxDocument bounds what is read of a manifest or config.
@@ -36,6 +38,7 @@ func (r *Repairer) takeStock(ctx context.Context) (*stock, error) {
 		blobs: map[layout.BlobDigest]layout.BlobRecord{}, layers: map[layout.LayerID]layout.LayerRecord{},
 		desc: map[layout.BlobDigest]ocispec.Descriptor{}, images: map[layout.BlobDigest][]string{},
 		parent: map[layout.BlobDigest][]layout.BlobDigest{}, ofDiff: map[layout.DiffID][]layout.BlobDigest{},
+		diffOf: map[layout.ChainID]layout.DiffID{},
 	}
 	targets := map[string]ocispec.Descriptor{}
 	err := r.DB.View(ctx, func(tx *metadata.Tx) error {
@@ -85,6 +88,9 @@ func (s *stock) follow(ctx context.Context, r *Repairer, name string, desc ocisp
 	s.need(name, *doc.Config)
 	var config ocispec.Image
 	r.readJSON(ctx, layout.BlobDigest(doc.Config.Digest), &config)
+	for i, chain := range identity.ChainIDs(slices.Clone(config.RootFS.DiffIDs)) {
+		s.diffOf[layout.ChainID(chain)] = layout.DiffID(config.RootFS.DiffIDs[i])
+	}
 	for i, l := range doc.Layers {
 		blob := layout.BlobDigest(l.Digest)
 		s.need(name, l)

@@ -18,7 +18,7 @@ import (
 
 // ways are those in which a damage ends, the last resort last: of a case that
 // takes several, that one counts.
-var ways = []string{"nothing to do", "opening", "records", "file manifest", "layer's tree", "own blob", "other layer", "registry", "left", "quarantined"}
+var ways = []string{"nothing to do", "opening", "records", "change log", "file manifest", "layer's tree", "own blob", "other layer", "registry", "left", "quarantined"}
 
 // wayOf tells how a repair ended.
 func wayOf(said *repaired) string {
@@ -28,7 +28,9 @@ func wayOf(said *repaired) string {
 		is("opening")
 	}
 	for _, f := range said.Plan.Left {
-		if f.Severity != layout.Notice {
+		if f.Severity != layout.Notice && slices.ContainsFunc(said.Report.Findings, func(g fsck.Finding) bool {
+			return g.Invariant == f.Invariant && g.Object == f.Object && g.Path == f.Path && !g.Healed
+		}) {
 			is("left")
 		}
 	}
@@ -53,6 +55,8 @@ func wayOfStep(s *repair.Step) string {
 		return "other layer"
 	case strings.HasPrefix(from, "the tree of layer"):
 		return "layer's tree"
+	case from == "the change log":
+		return "change log"
 	case isLayer:
 		return "file manifest"
 	}
