@@ -276,12 +276,12 @@ func (c *healCase) pulled(ctx context.Context, said *repaired) (wrong []string) 
 
 // source is where the registry has an image.
 func (c *healCase) source(image string) string {
-	switch {
-	case slices.Contains(built, image):
-		return c.ref(image)
-	case image == "kept:1":
+	switch name := strings.TrimPrefix(image, "docker.io/library/"); {
+	case slices.Contains(built, name):
+		return c.ref(name)
+	case name == "kept:1":
 		return c.ref(stackedName)
-	case image == "made:again":
+	case name == "made:again":
 		return c.ref("made:1")
 	}
 	return image

@@ -18,7 +18,7 @@ import (
 
 // ways are those in which a damage ends, the last resort last: of a case that
 // takes several, that one counts.
-var ways = []string{"nothing to do", "opening", "records", "change log", "file manifest", "layer's tree", "own blob", "other layer", "registry", "left", "quarantined"}
+var ways = []string{"nothing to do", "opening", "file manifest", "records", "change log", "layer's tree", "own blob", "other layer", "registry", "left", "named", "quarantined"}
 
 // wayOf tells how a repair ended.
 func wayOf(said *repaired) string {
@@ -45,6 +45,8 @@ func wayOfStep(s *repair.Step) string {
 	switch from := s.Done.From; {
 	case !s.Done.Healed && (s.Done.Quarantine != "" || isLayer):
 		return "quarantined"
+	case !s.Done.Healed && strings.HasPrefix(s.Object, "blob "):
+		return "named" // it is missing: there is nothing to put aside
 	case !s.Done.Healed:
 		return "left"
 	case strings.HasSuffix(from, "registry"):
@@ -113,19 +115,11 @@ func (c *healCase) judge(said *repaired) (wrong []string) {
 	broken := said.broken()
 	now := standingTrees(c.store)
 	for _, image := range slices.Sorted(maps.Keys(was.trees)) {
-		if now[image] != was.trees[image] && !slices.Contains(broken, image) && !told(said, image) {
+		if now[image] != was.trees[image] && !slices.Contains(broken, image) {
 			complain("image %s is not what it was, and nobody says so", image)
 		}
 	}
 	return append(wrong, c.kept(said)...)
-}
-
-// told tells whether an image's own record is among what was found.
-func told(said *repaired, image string) bool {
-	name := fmt.Sprintf("%q", image)
-	about := func(f fsck.Finding) bool { return strings.Contains(f.Object, name) && f.Severity == layout.Loss }
-	return slices.ContainsFunc(said.Report.Findings, about) || slices.ContainsFunc(said.Plan.Left, about) ||
-		slices.ContainsFunc(said.Plan.Steps, func(s *repair.Step) bool { return slices.ContainsFunc(s.Findings, about) })
 }
 
 // heals tells whether an object has to be healed in a mode, whatever is wrong

@@ -133,8 +133,8 @@ func (p *Proxy) Count(method, suffix string) int {
 	return n
 }
 
-// Sent is how many bytes of bodies went out for GETs of a path that ends in
-// suffix.
+// Sent is how many bytes went out for GETs of a path that ends in suffix, of
+// what was asked for: not what the registry said instead.
 func (p *Proxy) Sent(suffix string) int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -219,7 +219,7 @@ func (p *Proxy) spoil(resp *http.Response) error {
 	for key, values := range fault.Header {
 		resp.Header[key] = values
 	}
-	body := &faultyBody{ReadCloser: resp.Body, fault: fault, proxy: p, req: resp.Request, left: -1}
+	body := &faultyBody{ReadCloser: resp.Body, fault: fault, proxy: p, req: resp.Request, left: -1, answer: resp.StatusCode < 300}
 	if fault.Short && resp.ContentLength > 0 {
 		resp.ContentLength--
 		resp.Header.Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
@@ -246,6 +246,8 @@ type faultyBody struct {
 	req   *http.Request
 	at    int64
 	left  int64 // of a shortened body; -1: as long as it is
+
+	answer bool // it is what was asked for
 }
 
 func (b *faultyBody) Read(buf []byte) (int, error) {
@@ -282,7 +284,7 @@ func (b *faultyBody) Read(buf []byte) (int, error) {
 	if b.left > 0 {
 		b.left -= int64(n)
 	}
-	if b.req.Method == http.MethodGet {
+	if b.req.Method == http.MethodGet && b.answer {
 		b.proxy.mu.Lock()
 		b.proxy.bytes[b.req.URL.Path] += int64(n)
 		b.proxy.mu.Unlock()
