@@ -43,7 +43,7 @@ var Promised = []string{
 
 // Kinds returns every kind of damage, those of the promise first.
 func Kinds() []Kind {
-	all := slices.Concat(contentKinds, attributeKinds, nameKinds, typeKinds, blobKinds, directoryKinds, recordKinds, edgeKinds, logKinds, databaseKinds)
+	all := slices.Concat(contentKinds, attributeKinds, nameKinds, typeKinds, blobKinds, directoryKinds, recordKinds, publicationKinds, edgeKinds, logKinds, databaseKinds)
 	rank := func(k Kind) int {
 		if i := slices.Index(Promised, k.Name); i >= 0 {
 			return i

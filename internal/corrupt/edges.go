@@ -1,6 +1,8 @@
 package corrupt
 
 import (
+	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 )
@@ -55,6 +57,24 @@ var edgeKinds = []Kind{
 		s.must("M3", recordObject("edgesback", bad.back()), databaseFile)
 		return s.commit(bad.put()...)
 	})},
+}
+
+// edge says that parent needs child.
+type edge struct{ parent, rel, child string }
+
+func (e edge) object() string { return fmt.Sprintf("edge %q -%s-> %q", e.parent, e.rel, e.child) }
+
+func (e edge) key() string  { return strings.Join([]string{e.child, e.rel, e.parent}, "\x00") }
+func (e edge) back() string { return strings.Join([]string{e.parent, e.rel, e.child}, "\x00") }
+
+// put and drop are both halves of an edge, or some.
+func (e edge) put() []change {
+	there := json.RawMessage("true")
+	return []change{{"edges", e.key(), there}, {"edgesback", e.back(), there}}
+}
+
+func (e edge) drop() []change {
+	return []change{{Bucket: "edges", Key: e.key()}, {Bucket: "edgesback", Key: e.back()}}
 }
 
 // structural edges are those of one record to what it names.

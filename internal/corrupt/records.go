@@ -1,14 +1,9 @@
 package corrupt
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -114,24 +109,6 @@ var recordKinds = []Kind{
 			return errors.Join(b.Delete([]byte(use)), b.Put([]byte("\x00\x00\x00\x00\x00\x00\x00\x01"+use[8:]), nil))
 		})
 	}},
-	{"sweep of what is there", "something that is recorded is to be deleted", sweepRecorded},
-	{"sweep of anything", "something is to be deleted that no sweep is for", func(s *store) error {
-		path := []string{"varve.db", "varve.log", "volumes", "layers", "blobs/sha256", "../elsewhere", "/etc", "active/../blobs", ""}[s.IntN(9)]
-		return s.addSweep(path, "layer:"+s.hex(24))
-	}},
-	{"torn intent", "a publication is half done, or its intent is torn", tornIntent},
-	{"lost intent", "a publication is half done and nothing says so", func(s *store) error {
-		name := s.hex(64)
-		if s.coin() {
-			id := s.hex(24)
-			s.did("layers/%s came of a publication that nothing tells of", id)
-			s.must("L2", entryObject(id), "layers/"+id)
-			return s.stranger("layers/"+id, true)
-		}
-		s.did("sha256:%s came of a publication that nothing tells of", name)
-		s.must("B4", entryObject(name), blobPath("sha256:"+name))
-		return s.stranger(blobPath("sha256:"+name), false)
-	}},
 	{"lost entry", "a bucket lost an entry, and its sum tells", func(s *store) error {
 		bucket := []string{"leases", "sweeps", "cachebyuse", "blobs", "edges", "edgesback"}[s.IntN(6)]
 		keys, err := s.keys(bucket)
@@ -163,9 +140,6 @@ var recordKinds = []Kind{
 	}},
 }
 
-// logged are the buckets whose changes go into the change log.
-var logged = []string{"blobs", "layers", "layerkeys", "snapshots", "images", "containers", "cache", "edges"}
-
 // recordBuckets are those whose values are records.
 var recordBuckets = []string{"blobs", "layers", "layerkeys", "snapshots", "images", "containers", "cache"}
 
@@ -187,75 +161,6 @@ func (s *store) anyRecord() (bucket, key string, err error) {
 	}
 	key, err = pickOne(s, "record in "+bucket, keys)
 	return bucket, key, err
-}
-
-// raw changes a value as it is stored.
-func (s *store) raw(bucket, key string, change func([]byte) []byte) error {
-	return s.update(func(tx *bolt.Tx) error {
-		b := tx.Bucket([]byte(bucket))
-		return b.Put([]byte(key), change(bytes.Clone(b.Get([]byte(key)))))
-	})
-}
-
-// change is one of a record; no value deletes it. An edge has the value true.
-type change struct {
-	Bucket string          `json:"b"`
-	Key    string          `json:"k"`
-	Value  json.RawMessage `json:"v,omitempty"`
-}
-
-// commit makes changes in the database, and for every other seed in the change
-// log as well, as varve itself would, with a bug. For the others the log does
-// not fit the database any more.
-func (s *store) commit(changes ...change) error {
-	all := func(tx *bolt.Tx) (err error) {
-		for _, c := range changes {
-			err = errors.Join(err, apply(tx, c))
-		}
-		return err
-	}
-	told := slices.Clone(changes)
-	told = slices.DeleteFunc(told, func(c change) bool { return !slices.Contains(logged, c.Bucket) })
-	if len(told) == 0 {
-		return s.update(all)
-	}
-	if s.coin() {
-		s.must("M4", theLog, logFile)
-		return s.update(all)
-	}
-	var st state
-	err := s.sealed(func(tx *bolt.Tx) (err error) {
-		if st, err = readState(tx); err != nil {
-			return err
-		}
-		st.Change++
-		return errors.Join(all(tx), writeState(tx, st))
-	})
-	if err != nil {
-		return err
-	}
-	return s.appendLog(jsonOf(map[string]any{"seq": st.Change, "changes": told}))
-}
-
-func apply(tx *bolt.Tx, c change) error {
-	b := tx.Bucket([]byte(c.Bucket))
-	switch {
-	case c.Value == nil:
-		return b.Delete([]byte(c.Key))
-	case c.Bucket == "edges" || c.Bucket == "edgesback":
-		return b.Put([]byte(c.Key), nil)
-	}
-	return b.Put([]byte(c.Key), sealed(c.Key, c.Value))
-}
-
-// edit changes fields of a record.
-func (s *store) edit(bucket, key string, fn func(record)) error {
-	all, err := s.records(bucket)
-	if err != nil {
-		return err
-	}
-	fn(all[key])
-	return s.commit(change{bucket, key, jsonOf(all[key])})
 }
 
 // nodeKind is what a bucket's records are called as ends of edges.
@@ -414,78 +319,4 @@ func layerKey(s *store) error {
 	}
 	s.did("layer key %s names layer %s", key, other)
 	return s.commit(change{"layerkeys", key, jsonOf(other)})
-}
-
-func (s *store) addSweep(path, node string) error {
-	id := s.hex(24)
-	s.did("a sweep of %q, for %s", path, node)
-	s.must("T2", "sweep "+id, path)
-	sweep := record{"path": path, "node": node, "claimed": s.coin(), "created": "2024-02-29T12:00:00Z"}
-	return s.commit(change{"sweeps", id, jsonOf(sweep)})
-}
-
-func sweepRecorded(s *store) error {
-	layers, err := s.layers()
-	if err != nil {
-		return err
-	}
-	layer, err := pickOne(s, "layer", layers)
-	if err != nil {
-		return err
-	}
-	return s.addSweep("layers/"+layer, "layer:"+layer)
-}
-
-// tornIntent leaves a publication as a crash would, and its intent for every
-// fourth seed as none would: cut short.
-func tornIntent(s *store) error {
-	id := s.hex(24)
-	layer, rec, err := s.anyLayer()
-	if err != nil {
-		return err
-	}
-	from := filepath.Join("staging", s.hex(8), layer)
-	move := map[string]any{"id": layer, "from": from, "record": rec}
-	intent := record{"created": "2024-02-29T12:00:00Z", "purpose": "pull torn:" + s.hex(4), "layers": []any{move}}
-	body := jsonOf(intent)
-	switch s.IntN(4) {
-	case 0:
-		s.did("intent %s is torn", id)
-		s.must("M1", recordObject("intents", id), databaseFile)
-		return s.sealed(func(tx *bolt.Tx) error {
-			return tx.Bucket([]byte("intents")).Put([]byte(id), sealed(id, body)[:s.IntN(len(body))])
-		})
-	case 1:
-		s.did("intent %s names files that are nowhere", id)
-		move["id"], move["from"] = s.hex(24), filepath.Join("staging", s.hex(8), "nowhere")
-		body = jsonOf(intent)
-	case 2:
-		s.did("intent %s is open, layer %s stands in staging", id, layer)
-		s.may(Finding{Invariant: "G2", Object: layerObject(layer)})
-		if err := errors.Join(os.MkdirAll(filepath.Dir(s.path(from)), 0o700), os.Rename(s.path("layers", layer), s.path(from))); err != nil {
-			return err
-		}
-	case 3:
-		s.did("intent %s is open, and all of it done", id)
-	}
-	s.must("J1", "intent "+id, "")
-	return s.sealed(func(tx *bolt.Tx) error { return apply(tx, change{"intents", id, body}) })
-}
-
-// edge says that parent needs child.
-type edge struct{ parent, rel, child string }
-
-func (e edge) object() string { return fmt.Sprintf("edge %q -%s-> %q", e.parent, e.rel, e.child) }
-
-func (e edge) key() string  { return strings.Join([]string{e.child, e.rel, e.parent}, "\x00") }
-func (e edge) back() string { return strings.Join([]string{e.parent, e.rel, e.child}, "\x00") }
-
-// put and drop are both halves of an edge, or some.
-func (e edge) put() []change {
-	there := json.RawMessage("true")
-	return []change{{"edges", e.key(), there}, {"edgesback", e.back(), there}}
-}
-
-func (e edge) drop() []change {
-	return []change{{Bucket: "edges", Key: e.key()}, {Bucket: "edgesback", Key: e.back()}}
 }
