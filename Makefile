@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt harduse clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse clean
 
 all: build
 
@@ -95,6 +95,11 @@ dbdamage: deps
 # that seed on. Writes the tables of docs/FSCK.md.
 corrupt: deps
 	SEEDS=$(or $(SEEDS),50) SEED=$(SEED) KIND='$(KIND)' VARVE_RECORD=$(if $(KIND),,1) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestEveryDamageIsFound ./internal/corrupttest
+
+# The same for the ways that are promised to heal, repaired: what heals from
+# where, for each of what may be there to heal from.
+heal: deps
+	SEEDS=$(or $(SEEDS),20) SEED=$(SEED) KIND='$(KIND)' VARVE_RECORD=$(if $(KIND),,1) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestHeals$$' ./internal/corrupttest
 
 # STORES stores after hard use, in which a check finds nothing.
 harduse: deps

@@ -12,6 +12,9 @@
 // note. What has no source stays damaged, is marked so that nothing uses it,
 // and the images that it breaks are named; a pull of one of them heals it.
 //
+// A record that is lost while its files and what refers to it are there is made
+// again first, so that nothing is dropped for its sake: restore.go.
+//
 // Running containers go on: see docs/design/0006-repair-under-containers.md
 // for what they see, and holders.go for what is said of them.
 //

@@ -72,7 +72,8 @@ var recordRepairs = map[string]func(context.Context, *work, fsck.Finding, *Outco
 var healedByOpening = []string{"M1", "M2", "M3", "M5", "T1", "G1", "J1", "R2"}
 
 // leftToUsers are those that no repair is for: nothing is wrong, or only a pull,
-// or a person, can help.
+// or a person, can help. A record that they miss is made again for E2, which
+// finds it too.
 var leftToUsers = []string{"S1", "S2", "S4", "I1", "I2", "I3", "G2", "C1", "C2", "R1"}
 
 // blobPerm is the mode of a blob.

@@ -80,7 +80,17 @@ func TestHeals(t *testing.T) {
 		}
 	}
 	_ = g.Wait()
+	h.sees(t)
 	h.report(t)
+}
+
+// sees makes sure that the judge complains of a repair that did nothing and says
+// that it healed.
+func (h *healing) sees(t *testing.T) {
+	c := &healCase{healing: h, mode: modes[0], kind: "truncate", seed: 1, idle: true}
+	if _, wrong := c.run(t.Context()); len(wrong) < 2 {
+		t.Errorf("of a repair that did nothing the judge says %q", wrong)
+	}
 }
 
 // healing is a matrix of what heals from where.
@@ -141,6 +151,7 @@ type healCase struct {
 	kind      string
 	seed      uint64
 	byCommand bool
+	idle      bool // for sees
 
 	store, beside string // the copy, and a folder for what is not in it
 	hosts         string // hosts.toml for whatever registry
@@ -195,8 +206,11 @@ func (c *healCase) heal(ctx context.Context) (cell string, wrong []string, err e
 		}
 	}
 	run := c.byEngine
-	if c.byCommand {
+	switch {
+	case c.byCommand:
 		run = c.byHand
+	case c.idle:
+		run = c.byNobody
 	}
 	said, err := run(ctx)
 	if err != nil {
@@ -248,6 +262,22 @@ func (c *healCase) byHand(ctx context.Context) (*repaired, error) {
 		return nil, fmt.Errorf("the command: %w: %s", err, complaints.String())
 	}
 	return said, nil
+}
+
+// byNobody only plans, and says that all of it was done.
+func (c *healCase) byNobody(ctx context.Context) (said *repaired, err error) {
+	said = &repaired{}
+	err = c.open(ctx, func(e *daemon.Engine) error {
+		r, err := e.Fsck(ctx, varve.FsckRequest{Level: string(layout.Deep), Plan: true}, nil)
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(r.Plan, &said.Plan)
+	})
+	for _, s := range said.Plan.Steps {
+		s.Done = &repair.Outcome{Healed: true}
+	}
+	return said, err
 }
 
 // pulled pulls what was broken, and tells what is wrong then.
