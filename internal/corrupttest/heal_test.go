@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -23,6 +24,7 @@ import (
 	"varve.dev/internal/tables"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
+	"varve.dev/metadata"
 	"varve.dev/repair"
 )
 
@@ -239,8 +241,18 @@ func (c *healCase) byEngine(ctx context.Context) (said *repaired, err error) {
 	})
 }
 
+// open opens the store. A process that was begun beside may have got the lock of
+// whoever read the database last with it, until it becomes another program.
 func (c *healCase) open(ctx context.Context, do func(*daemon.Engine) error) error {
-	e, err := daemon.Open(ctx, daemon.Options{Root: c.store, State: c.beside, Look: true})
+	var e *daemon.Engine
+	var err error
+	for e == nil && ctx.Err() == nil {
+		e, err = daemon.Open(ctx, daemon.Options{Root: c.store, State: c.beside, Look: true})
+		if !errors.Is(err, metadata.ErrLocked) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
 	if err != nil {
 		return err
 	}
