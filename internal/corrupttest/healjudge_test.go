@@ -41,7 +41,7 @@ func wayOf(said *repaired) string {
 }
 
 func wayOfStep(s *repair.Step) string {
-	isLayer := strings.HasPrefix(s.Object, "layer ") && s.Findings[0].Invariant[0] == 'L'
+	isLayer := slices.Contains([]string{"L1", "L3", "L4"}, s.Findings[0].Invariant)
 	switch from := s.Done.From; {
 	case !s.Done.Healed && (s.Done.Quarantine != "" || isLayer):
 		return "quarantined"
