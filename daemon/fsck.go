@@ -44,6 +44,7 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 		if report, err = e.check(ctx, opts, asked, false); err != nil {
 			return varve.FsckReport{}, err
 		}
+		plan.Checked(report)
 	}
 	if e.looked == nil {
 		return reportOf(report, plan, report.ExitCode())

@@ -103,7 +103,7 @@ func TestScrubGoesOn(t *testing.T) {
 	must(k.Close(context.Background()))
 
 	k = keepScrubbing(t, p, Scrub{Every: time.Millisecond, Rate: 2 << 20}) // of 8 MiB
-	time.Sleep(1500 * time.Millisecond) // some blobs are read, not all
+	time.Sleep(1500 * time.Millisecond)                                    // some blobs are read, not all
 	must(k.Close(context.Background()))
 
 	k = keep(t, p)

@@ -44,12 +44,15 @@ type Report struct {
 	Finished time.Time    `json:"finished"`
 }
 
+// Has tells whether the report has a finding of the same thing.
+func (r *Report) Has(f Finding) bool { return slices.ContainsFunc(r.Findings, f.same) }
+
 // AddBefore adds what an earlier report has found of the store before it was
 // opened: recovery carries out what was under way, and a database that is
 // damaged is made again. What is not found any more was healed by that.
 func (r *Report) AddBefore(earlier *Report) {
 	for _, f := range earlier.Findings {
-		if slices.ContainsFunc(r.Findings, f.same) {
+		if r.Has(f) {
 			continue
 		}
 		f.Healed = true

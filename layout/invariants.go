@@ -79,7 +79,7 @@ func Invariants() []Invariant {
 		{"I3", Damage, Normal, "An image's manifest that was unpacked refers to a snapshot whose chain has its DiffIDs in order.", "drop the reference: it is unpacked again when needed"},
 
 		{"E1", Damage, Quick, "Every edge is stored both child first and parent first.", "write the missing half"},
-		{"E2", Loss, Quick, "Both ends of an edge exist.", "drop the edge if the parent is gone; if the child is, as its own invariant says"},
+		{"E2", Loss, Quick, "Both ends of an edge exist.", "make the lost record again, from the change log or from what refers to it; else drop the edge if the parent is gone; if the child is, as its own invariant says"},
 		{"E3", Damage, Normal, "The edges are those that the records and manifests call for: none of them is missing, and of a record's own there are no others.", "write the missing edge, drop the other"},
 		{"E4", Leak, Normal, "What is not a root has a reference.", "drop it, its files to the trash"},
 

@@ -24,6 +24,8 @@ const logSync = time.Second
 
 // changeLog writes the lines of one open database.
 type changeLog struct {
+	syncing sync.Mutex // held for a sync, and while the file is exchanged
+
 	mu     sync.Mutex // guards the rest
 	file   *durable.File
 	last   uint64 // number of the last line in the file
@@ -133,6 +135,8 @@ func (l *changeLog) syncLoop() {
 }
 
 func (l *changeLog) sync() error {
+	l.syncing.Lock()
+	defer l.syncing.Unlock()
 	l.mu.Lock()
 	file, last := l.file, l.last
 	l.mu.Unlock()
@@ -333,7 +337,11 @@ const logChunk = 500
 
 // writeLog writes the log anew from the database and lets it follow it.
 func (db *DB) writeLog() error {
-	f, last, err := db.newLog()
+	last, err := db.newLog()
+	if err != nil {
+		return err
+	}
+	f, err := db.root.AppendFile(layout.LogFile, 0o600)
 	if err != nil {
 		return err
 	}
@@ -343,8 +351,8 @@ func (db *DB) writeLog() error {
 }
 
 // RewriteLog makes the log of an open database give what the database holds,
-// whatever it gave before. After nil the new log is durable; after an error the
-// old one stands. Commits wait meanwhile.
+// whatever it gave before. After nil the new log is durable. Commits wait
+// meanwhile: it is for a log that is damaged.
 func (db *DB) RewriteLog(ctx context.Context) error {
 	if err := db.exchangeLog(); err != nil {
 		return err
@@ -356,22 +364,28 @@ func (db *DB) RewriteLog(ctx context.Context) error {
 func (db *DB) exchangeLog() error {
 	db.committing.Lock()
 	defer db.committing.Unlock()
-	f, last, err := db.newLog()
+	l := db.log
+	l.syncing.Lock()
+	defer l.syncing.Unlock()
+	last, err := db.newLog()
 	if err != nil {
+		return err // the old one stands
+	}
+	f, err := db.root.AppendFile(layout.LogFile, 0o600)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil {
+		l.failed = true // what would be written now has no name any more
 		return err
 	}
-	l := db.log
-	l.mu.Lock()
-	old := l.file
+	_ = l.file.Close()
 	l.file, l.last, l.synced, l.failed = f, last, last, false
-	l.mu.Unlock()
-	_ = old.Close() // it has no name any more
 	return nil
 }
 
-// newLog writes a log from the database, under another name first, and opens
-// it. No commit may take place meanwhile.
-func (db *DB) newLog() (f *durable.File, last uint64, err error) {
+// newLog puts a log that it writes from the database, under another name first,
+// in the place of what is there. No commit may take place meanwhile.
+func (db *DB) newLog() (last uint64, err error) {
 	const name = durable.TempPrefix + layout.LogFile
 	// The first line says how long the beginning is.
 	var size counter
@@ -382,10 +396,9 @@ func (db *DB) newLog() (f *durable.File, last uint64, err error) {
 		err = db.root.Replace(name, layout.LogFile)
 	}
 	if err != nil {
-		return nil, 0, fmt.Errorf("write the log anew: %w", err)
+		return 0, fmt.Errorf("write the log anew: %w", err)
 	}
-	f, err = db.root.AppendFile(layout.LogFile, 0o600)
-	return f, last, err
+	return last, nil
 }
 
 // writeBeginning makes the file name, in place of what a crash has left of an

@@ -157,6 +157,12 @@ func (r *Repairer) Run(ctx context.Context, plan *Plan, progress func(*Step)) er
 	return nil
 }
 
+// Checked takes from what was left what a check after the repair does not find
+// any more: it was a consequence of something that was repaired.
+func (p *Plan) Checked(after *fsck.Report) {
+	p.Left = slices.DeleteFunc(p.Left, func(f fsck.Finding) bool { return !after.Has(f) })
+}
+
 // work is one repair.
 type work struct {
 	*Repairer

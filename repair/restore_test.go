@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -113,6 +114,9 @@ func TestLostRecords(t *testing.T) {
 				is, err = now(tx)
 				return err
 			})
+			if strings.Contains(string(r.Plan), `"left"`) {
+				t.Errorf("left as it is: %s", r.Plan)
+			}
 			if err != nil || r.ExitCode != 0 || !reflect.DeepEqual(is, was) {
 				t.Errorf("%v: exit code %d, it was %+v and is %+v\n%s", err, r.ExitCode, was, is, r.Text)
 			}

@@ -9,7 +9,6 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"varve.dev/image"
 	"varve.dev/layout"
 	"varve.dev/metadata"
 )
@@ -23,6 +22,7 @@ type stock struct {
 	parent map[layout.BlobDigest][]layout.BlobDigest // manifests of a layer's blob
 	ofDiff map[layout.DiffID][]layout.BlobDigest     // blobs that a layer was unpacked from
 	diffOf map[layout.ChainID]layout.DiffID          // the top layer of a chain
+	origin map[string][]string                       // where blobs of an image came from, by its name
 }
 
 // maxDocument bounds what is read of a manifest or config.
@@ -38,7 +38,7 @@ func (r *Repairer) takeStock(ctx context.Context) (*stock, error) {
 		blobs: map[layout.BlobDigest]layout.BlobRecord{}, layers: map[layout.LayerID]layout.LayerRecord{},
 		desc: map[layout.BlobDigest]ocispec.Descriptor{}, images: map[layout.BlobDigest][]string{},
 		parent: map[layout.BlobDigest][]layout.BlobDigest{}, ofDiff: map[layout.DiffID][]layout.BlobDigest{},
-		diffOf: map[layout.ChainID]layout.DiffID{},
+		diffOf: map[layout.ChainID]layout.DiffID{}, origin: map[string][]string{},
 	}
 	targets := map[string]ocispec.Descriptor{}
 	err := r.DB.View(ctx, func(tx *metadata.Tx) error {
@@ -112,6 +112,17 @@ func (s *stock) need(name string, desc ocispec.Descriptor) {
 	if !slices.Contains(s.images[d], name) {
 		s.images[d] = append(s.images[d], name)
 	}
+	s.origin[name] = withNew(s.origin[name], s.blobs[d].Origins)
+}
+
+// withNew appends what is not there yet, from the end.
+func withNew(to, from []string) []string {
+	for _, o := range slices.Backward(from) {
+		if !slices.Contains(to, o) {
+			to = append(to, o)
+		}
+	}
+	return to
 }
 
 func (r *Repairer) readJSON(ctx context.Context, d layout.BlobDigest, into any) bool {
@@ -129,13 +140,15 @@ func (s *stock) descriptor(d layout.BlobDigest) ocispec.Descriptor {
 }
 
 // repositories returns where a blob can be had: where it came from, the newest
-// first, then where its images have their names from.
+// first, then where other blobs of its images did. Where an image has its name
+// from is not asked: one that was built here is nobody else's business.
 func (s *stock) repositories(d layout.BlobDigest) []string {
-	out := slices.Clone(s.blobs[d].Origins)
-	slices.Reverse(out)
+	out := withNew(nil, s.blobs[d].Origins)
 	for _, name := range s.images[d] {
-		if ref, err := image.ParseRef(name); err == nil && !slices.Contains(out, ref.Repository()) {
-			out = append(out, ref.Repository())
+		for _, o := range s.origin[name] {
+			if !slices.Contains(out, o) {
+				out = append(out, o)
+			}
 		}
 	}
 	return out
