@@ -200,7 +200,8 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 		info.Recovered = e.tellRebuilt(rebuilt)
 	}
 	info.Recovered = append(info.Recovered, e.tellFound(rebuilt.Kept)...)
-	return info, errors.Join(err, e.tellChecks(ctx, &info))
+	err = errors.Join(err, e.tellChecks(ctx, &info))
+	return info, err
 }
 
 // tellFound says what recovery found, but for what is known to be kept.

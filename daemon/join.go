@@ -125,7 +125,7 @@ func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
 	if err != nil {
 		return nil, err
 	}
-	server, err := Listen(p.embeddedSocket(), k)
+	server, err := Listen(p.embeddedSocket(), Handler(k))
 	if err != nil {
 		return nil, errors.Join(err, k.Close(ctx))
 	}

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"varve.dev/api/varve"
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
@@ -88,7 +89,7 @@ func TestGuestsOfADaemonThatEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	socket := filepath.Join(p.State, DaemonSocket)
-	server, err := Listen(socket, e)
+	server, err := Listen(socket, varve.Handler(e))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,14 +2,19 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"io/fs"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"varve.dev/api/varve"
+	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
@@ -123,5 +128,42 @@ func TestScrubGoesOn(t *testing.T) {
 	time.Sleep(50 * time.Millisecond)
 	if again := k.info(t); !again.Checked.Finished.Equal(info.Checked.Finished) || len(again.Checking) != 0 {
 		t.Errorf("another check began before its time: %+v", again.Checked)
+	}
+}
+
+// The metrics have the last check, on the socket and on a port.
+func TestMetrics(t *testing.T) {
+	testkit.NeedRoot(t)
+	k := keepScrubbing(t, testPlace(t), Scrub{Every: 10 * time.Millisecond})
+	k.load(t, testkit.Busybox(t))
+	spoil(t, k.options.Root)
+	eventually(t, "found", func() bool {
+		c := k.info(t).Checked
+		return c != nil && c.Findings == 1
+	})
+	answer := httptest.NewRecorder()
+	Handler(k.Keeper).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, MetricsPath, nil))
+	for _, line := range []string{"varve_check_findings 1\n", "varve_check_losses 1\n", "varve_check_healed 0\n", "varve_check_finished_timestamp_seconds 1.", "varve_build_info{", "process_resident_memory_bytes "} {
+		if !strings.Contains(answer.Body.String(), "\n"+line) {
+			t.Errorf("no %q in: %d\n%s", line, answer.Code, answer.Body)
+		}
+	}
+	for _, addr := range []string{"0.0.0.0:0", ":0", "127.0.0.1", "unix:///x"} {
+		if s, err := ServeMetrics(addr, k.Keeper); !errors.Is(err, errdefs.ErrInvalidArgument) {
+			t.Errorf("metrics on %q: %v", addr, err)
+			if err == nil {
+				s.Close()
+			}
+		}
+	}
+	s, err := ServeMetrics("127.0.0.1:0", k.Keeper)
+	if err == nil {
+		err = s.Close()
+	}
+	if err == nil {
+		_, err = k.Fsck(t.Context(), varve.FsckRequest{Level: string(layout.Deep), Repair: true}, nil)
+	}
+	if err != nil {
+		t.Error(err)
 	}
 }

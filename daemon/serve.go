@@ -19,7 +19,7 @@ import (
 // everything, until there are roles.
 const socketPerm = 0o600
 
-// Server answers calls on a unix socket from one Engine.
+// Server answers calls on a unix socket.
 type Server struct {
 	http     *http.Server
 	listener net.Listener
@@ -32,10 +32,18 @@ type Server struct {
 	last   bool          // no new guests are taken
 }
 
-// Listen serves backend on a unix socket at path. A socket that is there and
+// Handler answers all calls to the store that k keeps.
+func Handler(k *Keeper) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle(varve.Prefix, varve.Handler(k))
+	mux.Handle("GET "+MetricsPath, Metrics(k))
+	return mux
+}
+
+// Listen serves calls on a unix socket at path. A socket that is there and
 // that nobody answers is replaced; the caller owns the store, so nobody else
 // can be serving it. Errors: ErrUnavailable, naming the path.
-func Listen(path string, backend varve.Backend) (*Server, error) {
+func Listen(path string, calls http.Handler) (*Server, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
 	}
@@ -57,7 +65,7 @@ func Listen(path string, backend varve.Backend) (*Server, error) {
 	s := &Server{listener: l, path: path, done: make(chan error, 1), idle: make(chan struct{})}
 	close(s.idle)
 	s.http = &http.Server{
-		Handler:           s.count(varve.Handler(backend)),
+		Handler:           s.count(calls),
 		ReadHeaderTimeout: 10 * time.Second,
 	}
 	go func() { s.done <- s.http.Serve(l) }()

@@ -47,9 +47,16 @@ func newDaemon(g *globals) *cobra.Command {
 			for _, line := range k.Rebuilt() {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
 			}
-			server, err := daemon.Listen(socket, k)
+			server, err := daemon.Listen(socket, daemon.Handler(k))
 			if err != nil {
 				return errors.Join(err, k.Close(ctx))
+			}
+			if c.Metrics.Listen != "" {
+				metrics, err := daemon.ServeMetrics(c.Metrics.Listen, k)
+				if err != nil {
+					return errors.Join(err, server.Close(ctx), k.Close(ctx))
+				}
+				defer metrics.Close()
 			}
 			fmt.Fprintf(cmd.ErrOrStderr(), "varve: serving %s on unix://%s\n", c.Root, socket)
 			select {

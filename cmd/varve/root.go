@@ -39,7 +39,10 @@ type configFile struct {
 		HostsDir  string   `toml:"hosts_dir"`  // folder of <host>/hosts.toml
 		PlainHTTP []string `toml:"plain_http"` // registries to speak HTTP with
 	} `toml:"registry"`
-	Scrub scrubConfig `toml:"scrub"`
+	Scrub   scrubConfig `toml:"scrub"`
+	Metrics struct {
+		Listen string `toml:"listen"` // host:port of this machine alone; they are on the daemon's socket too
+	} `toml:"metrics"`
 }
 
 // scrubConfig is when a daemon makes a deep check by itself.
