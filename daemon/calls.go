@@ -76,6 +76,16 @@ func (k *Keeper) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.FsckReport, error) { return e.Fsck(ctx, req, progress) })
 }
 
+// Quarantine implements varve.Backend.
+func (k *Keeper) Quarantine(ctx context.Context) ([]varve.Quarantined, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) ([]varve.Quarantined, error) { return e.Quarantine(ctx) })
+}
+
+// Discard implements varve.Backend.
+func (k *Keeper) Discard(ctx context.Context, ids []string) error {
+	return do(ctx, k, func(ctx context.Context, e *Engine) error { return e.Discard(ctx, ids) })
+}
+
 // Pull implements varve.Images.
 func (k *Keeper) Pull(ctx context.Context, req varve.PullRequest, progress func(varve.Event)) (varve.ImageSummary, error) {
 	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.ImageSummary, error) { return e.Pull(ctx, req, progress) })

@@ -57,6 +57,20 @@ func (e *Engine) heal(ctx context.Context, r varve.Registry, object, invariant s
 	return e.repairer.Run(ctx, plan, func(s *repair.Step) {})
 }
 
+// Quarantine implements varve.Backend.
+func (e *Engine) Quarantine(ctx context.Context) (out []varve.Quarantined, err error) {
+	list, err := e.repairer.Quarantine(ctx)
+	for _, q := range list {
+		out = append(out, varve.Quarantined{
+			ID: q.ID, When: q.Note.When, Object: q.Note.Object, Found: q.Note.Found, Images: q.Note.Images, Bytes: q.Bytes,
+		})
+	}
+	return out, err
+}
+
+// Discard implements varve.Backend.
+func (e *Engine) Discard(ctx context.Context, ids []string) error { return e.repairer.Discard(ctx, ids) }
+
 // usable tells whether an image that is about to be used, or that a pull says
 // is there, is whole as far as a look at its files tells.
 func (e *Engine) usable(ctx context.Context, d image.Details) error {

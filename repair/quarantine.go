@@ -1,91 +1,90 @@
 package repair
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"path"
-	"strconv"
-	"time"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"varve.dev/errdefs"
-	"varve.dev/fsck"
 	"varve.dev/layout"
 )
 
-// place is the directory of one repair in quarantine.
-type place struct {
-	w    *work
-	rel  string
-	note layout.QuarantineRecord
-	last int // number of the last name
-	bad  int // names in it that were taken out of the store
+// Quarantined is what one repair took out of the store. It stays until
+// [Repairer.Discard]: nothing is deleted for being damaged.
+type Quarantined struct {
+	ID    string                  `json:"id"`
+	Bytes int64                   `json:"bytes"` // on the disk
+	Note  layout.QuarantineRecord `json:"note"`  // zero if it cannot be read
 }
 
-// newPlace makes the directory for the repair of an object.
-func (w *work) newPlace(object string, found []fsck.Finding, images []string) (*place, error) {
-	p := &place{w: w, rel: layout.QuarantinePath(layout.NewID())}
-	p.note = layout.QuarantineRecord{When: time.Now().UTC(), Object: object, Files: map[string]string{}, Images: images}
-	for _, f := range found {
-		p.note.Found = append(p.note.Found, fmt.Sprintf("%s %s: %s", f.Invariant, f.Path, f.Detail))
+// Quarantine lists what repairs took out of the store, the oldest first.
+func (r *Repairer) Quarantine(ctx context.Context) (list []Quarantined, err error) {
+	entries, err := os.ReadDir(r.Root.Path(layout.QuarantineDir))
+	if err != nil {
+		return nil, fmt.Errorf("quarantine: %w: %w", err, errdefs.ErrUnavailable)
 	}
-	if err := w.Root.Mkdir(p.rel, 0o700); err != nil {
-		return nil, err
+	for _, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		q := Quarantined{ID: e.Name()}
+		dir := r.Root.Path(layout.QuarantinePath(e.Name()))
+		if data, err := os.ReadFile(filepath.Join(dir, layout.QuarantineNote)); err == nil {
+			_ = json.Unmarshal(data, &q.Note)
+		}
+		if q.Bytes, err = sizeOf(dir); err != nil {
+			return nil, fmt.Errorf("quarantine: %w: %w", err, errdefs.ErrUnavailable)
+		}
+		list = append(list, q)
 	}
-	if err := w.Root.SyncDirs(layout.QuarantineDir); err != nil {
-		return nil, err
-	}
-	return p, p.save()
+	slices.SortStableFunc(list, func(a, b Quarantined) int { return a.Note.When.Compare(b.Note.When) })
+	return list, nil
 }
 
-// name is a new name in the place, for what stands or is to stand at rel.
-func (p *place) name(rel string) string {
-	p.last++
-	n := strconv.Itoa(p.last)
-	p.note.Files[n] = rel
-	return n
+// sizeOf is what a directory takes of the disk; what vanishes meanwhile does
+// not count.
+func sizeOf(dir string) (bytes int64, err error) {
+	err = filepath.WalkDir(dir, func(name string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Lstat(name, &st)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		bytes += st.Blocks * 512
+		return err
+	})
+	return bytes, err
 }
 
-// find returns where in the store something is that was taken from rel; "" if
-// it was not there.
-func (p *place) find(rel string) string {
-	for name, from := range p.note.Files {
-		at := path.Join(p.rel, name)
-		if fi, err := os.Lstat(p.w.Root.Path(at)); from == rel && err == nil && fi.Mode().IsRegular() {
-			return at
+// Discard deletes what was taken out of the store, by id. Errors: ErrNotFound,
+// for the first that is not there, before anything is deleted.
+func (r *Repairer) Discard(ctx context.Context, ids []string) error {
+	r.one.Lock() // a repair may be filling its place
+	defer r.one.Unlock()
+	for _, id := range ids {
+		if !layout.IsElement(id) {
+			return fmt.Errorf("quarantine %q: %w", id, errdefs.ErrNotFound)
+		}
+		if _, err := os.Lstat(r.Root.Path(layout.QuarantinePath(id))); err != nil {
+			return fmt.Errorf("quarantine %q: %w: %w", id, err, errdefs.ErrNotFound)
 		}
 	}
-	return ""
-}
-
-func (p *place) save() error {
-	data, err := json.MarshalIndent(p.note, "", " ")
-	if err != nil {
-		return fmt.Errorf("quarantine: %w: %w", err, errdefs.ErrInternal)
+	for _, id := range ids {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := r.Root.RemoveAll(layout.QuarantinePath(id)); err != nil {
+			return err
+		}
 	}
-	return p.w.Root.WriteFile(path.Join(p.rel, layout.QuarantineNote), data, 0o600)
-}
-
-// close leaves the place if anything bad is in it, and removes it otherwise.
-// It returns the directory that stays.
-func (p *place) close() (string, error) {
-	if p.bad == 0 {
-		return "", p.w.Root.RemoveAll(p.rel)
-	}
-	return p.rel, p.save()
-}
-
-// take moves a whole file or directory of the store in, if it is there.
-func (p *place) take(rel string) error {
-	to := path.Join(p.rel, p.name(rel))
-	err := p.w.Root.Rename(rel, to)
-	if errors.Is(err, errdefs.ErrNotFound) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	p.bad++
-	return p.w.Root.SyncNames(path.Dir(rel), p.rel)
+	return r.Root.SyncDirs(layout.QuarantineDir)
 }

@@ -17,6 +17,10 @@ type Backend interface {
 	Info(ctx context.Context) (Info, error)
 	// Fsck checks the store while it is in use, and repairs it if asked to.
 	Fsck(ctx context.Context, req FsckRequest, progress func(Event)) (FsckReport, error)
+	// Quarantine lists what repairs took out of the store for being damaged,
+	// the oldest first; Discard deletes some of it, by id.
+	Quarantine(ctx context.Context) ([]Quarantined, error)
+	Discard(ctx context.Context, ids []string) error
 }
 
 // Images is what can be done with images. progress may be nil; it is called
@@ -266,6 +270,16 @@ type FsckReport struct {
 	Plan     json.RawMessage `json:"plan,omitempty"`
 	Text     string          `json:"text"`
 	ExitCode int             `json:"exitCode"`
+}
+
+// Quarantined is what one repair took out of the store.
+type Quarantined struct {
+	ID     string    `json:"id"`
+	When   time.Time `json:"when"`
+	Object string    `json:"object"` // that was repaired, as findings call it
+	Found  []string  `json:"found"`  // the findings
+	Images []string  `json:"images"` // that stood on it
+	Bytes  int64     `json:"bytes"`  // on the disk
 }
 
 // Check tells of a deep check.

@@ -194,6 +194,17 @@ func (c *Client) Fsck(ctx context.Context, req FsckRequest, progress func(Event)
 	return r, err
 }
 
+// Quarantine implements [Backend].
+func (c *Client) Quarantine(ctx context.Context) (r []Quarantined, err error) {
+	err = c.do(ctx, "quarantine", struct{}{}, nil, nil, nil, &r)
+	return r, err
+}
+
+// Discard implements [Backend].
+func (c *Client) Discard(ctx context.Context, ids []string) error {
+	return c.do(ctx, "discard", ids, nil, nil, nil, nil)
+}
+
 // Pull implements [Images].
 func (c *Client) Pull(ctx context.Context, req PullRequest, progress func(Event)) (r ImageSummary, err error) {
 	err = c.do(ctx, "pull", req, nil, progress, nil, &r)

@@ -22,6 +22,8 @@ func Handler(b Backend) http.Handler {
 	mux := http.NewServeMux()
 	handle(mux, "info", func(c *call, _ struct{}) (any, error) { return b.Info(c.ctx) })
 	handle(mux, "fsck", func(c *call, req FsckRequest) (any, error) { return b.Fsck(c.ctx, req, c.event) })
+	handle(mux, "quarantine", func(c *call, _ struct{}) (any, error) { return b.Quarantine(c.ctx) })
+	handle(mux, "discard", func(c *call, ids []string) (any, error) { return nil, b.Discard(c.ctx, ids) })
 	handle(mux, "pull", func(c *call, req PullRequest) (any, error) { return b.Pull(c.ctx, req, c.event) })
 	handle(mux, "push", func(c *call, req PushRequest) (any, error) { return b.Push(c.ctx, req, c.event) })
 	handle(mux, "load", func(c *call, _ struct{}) (any, error) { return b.Load(c.ctx, c.body, c.event) })

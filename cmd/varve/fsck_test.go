@@ -107,10 +107,45 @@ func TestFsckOfAnImage(t *testing.T) {
 	if out := h.run("fsck", "--deep", "--repair", name); !strings.Contains(out, "healed") {
 		t.Error(out)
 	}
+	// What was bad is kept until somebody says otherwise. A mode was set right
+	// in its place, a byte calls for another file.
+	if out := h.run("quarantine", "ls"); strings.Count(out, "\n") != 1 {
+		t.Error(out)
+	}
+	for range 2 {
+		h.spoil(files[0])
+		h.run("fsck", "--deep", "--repair", name)
+	}
+	ids := strings.Fields(h.run("quarantine", "ls", "--quiet"))
+	if out := h.run("quarantine", "ls"); len(ids) != 2 || !strings.Contains(out, "layer "+id) || !strings.Contains(out, name) {
+		t.Error(ids, out)
+	}
+	if out, code := h.try("quarantine", "rm", ids[0], "nobody"); code == 0 {
+		t.Error(out)
+	}
+	if out := h.run("quarantine", "rm", ids[0]); !strings.HasPrefix(out, "Deleted: 1, ") || len(strings.Fields(h.run("quarantine", "ls", "-q"))) != 1 {
+		t.Error(out)
+	}
+	if out := h.run("quarantine", "rm", "--all"); !strings.HasPrefix(out, "Deleted: 1, ") || h.run("quarantine", "ls", "-q") != "" {
+		t.Error(out)
+	}
 	for _, wrong := range [][]string{{"--sample", "5%"}, {"--deep", "--sample", "500%"}, {"--resume"}, {"--deep", "--resume", name}, {"--of-docker", "/", name}} {
 		if out, code := h.try(append([]string{"fsck"}, wrong...)...); code == 0 {
 			t.Errorf("%v: %s", wrong, out)
 		}
+	}
+}
+
+// spoil changes the first byte of a file.
+func (h *host) spoil(name string) {
+	h.t.Helper()
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt([]byte{0xff}, 0)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		h.t.Fatal(err)
 	}
 }
 

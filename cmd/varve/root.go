@@ -89,7 +89,7 @@ func newRoot() *cobra.Command {
 	flags.StringVar(&g.config, "config", "", "configuration file (TOML; default "+defaultConfig+" if it is there)")
 	cmd.AddCommand(
 		newPull(g), newPush(g), newImages(g), newRmi(g), newTag(g), newInspect(g), newHistory(g),
-		newLoad(g), newSave(g), newBuild(g), newRun(g), newCommit(g), newFsck(g), newInfo(g), newVersion(), newDaemon(g),
+		newLoad(g), newSave(g), newBuild(g), newRun(g), newCommit(g), newFsck(g), newQuarantine(g), newInfo(g), newVersion(), newDaemon(g),
 	)
 	return cmd
 }
