@@ -101,7 +101,7 @@ func (c *checker) blobDigest(f found) {
 		workers.Go(func() {
 			reader := reach.NewReader()
 			for d := range todo {
-				if c.drawn(string(d)) {
+				if c.hashes(d) {
 					c.digestOf(reader, d, f)
 				}
 				c.blobs.done(c, d)
@@ -113,6 +113,12 @@ func (c *checker) blobDigest(f found) {
 	}
 	close(todo)
 	workers.Wait()
+}
+
+// hashes tells whether this check holds a blob against its digest by B3.
+func (c *checker) hashes(d layout.BlobDigest) bool {
+	_, listed := slices.BinarySearch(c.blobs.list, d)
+	return c.asked("B3") && listed && c.drawn(string(d))
 }
 
 func (c *checker) digestOf(reader *reach.Reader, d layout.BlobDigest, f found) {

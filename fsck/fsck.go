@@ -195,7 +195,7 @@ func (c *checker) run() (err error) {
 		return err
 	}
 	c.plan()
-	if c.opts.Level != layout.Quick && c.rec != nil {
+	if c.rec != nil && (c.asked("L3") || c.asked("L4") || c.asked("L6")) {
 		c.readManifests()
 	}
 	for _, inv := range layout.Invariants() {

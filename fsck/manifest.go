@@ -146,7 +146,7 @@ func (c *checker) summarize(rec layout.LayerRecord) (s summary) {
 	s.names = len(names.hashes)
 	wrong := hex.EncodeToString(sum.Sum(nil)) != d.Hex()
 	switch {
-	case wrong && (c.opts.Level == layout.Deep || errors.Is(read, fs.ErrNotExist)): // B3; removed since
+	case wrong && (c.hashes(d) || errors.Is(read, fs.ErrNotExist)): // B3; removed since
 		s.err = errUnchecked
 	case wrong:
 		s.err = errNotItsBytes

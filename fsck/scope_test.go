@@ -97,6 +97,14 @@ func TestSample(t *testing.T) {
 			t.Errorf("found: %v", got)
 		}
 	}
+	// A file manifest is read whole whatever is drawn.
+	s.flip(t, s.files)
+	for range 5 {
+		r, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep, Sample: 1e-6})
+		if must(t, err); !slices.Equal(numbers(r), []string{"L3"}) {
+			t.Errorf("a bad file manifest, not in the sample: %v", r.Findings)
+		}
+	}
 	if found == 0 || found > checks*2/3 {
 		t.Errorf("%d of %d checks of a quarter found one bad blob", found, checks)
 	}
