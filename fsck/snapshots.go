@@ -86,9 +86,16 @@ func (c *checker) activeStands(f found) {
 	}
 }
 
-// activeNamed: S4.
+// activeNamed: S4. What a record that cannot be read (M1) names is what its
+// edge leads to.
 func (c *checker) activeNamed(f found) {
 	named := map[string]bool{}
+	for e := range c.rec.edges {
+		kind, id := e.Child.Split()
+		if kind == layout.KindActive && c.exists(e.Parent) && !c.readable(e.Parent) {
+			named[id] = true
+		}
+	}
 	for _, rec := range c.rec.snapshots {
 		if writable(rec) {
 			named[string(rec.Layer)] = true

@@ -73,7 +73,7 @@ var recordKinds = []Kind{
 		field := []string{"size", "inodes"}[s.IntN(2)]
 		s.did("layer %s: %s is wrong", id, field)
 		s.must("L6", layerObject(id), "")
-		return s.edit("layers", id, func(r record) { r[field] = 4096 * (1 + s.IntN(100)) })
+		return s.edit("layers", id, func(r record) { r[field] = 4096*(1+s.IntN(100)) + 1 })
 	}},
 	{"wrong blob size", "a blob's record is wrong about its size", func(s *store) error {
 		all, err := s.recorded(func(string) bool { return true })

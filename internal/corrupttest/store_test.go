@@ -215,7 +215,7 @@ func (p place) cutOff(t *testing.T, dir, name string, image testkit.Image) op {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		go func() {
-			for !hasData(filepath.Join(dir, layout.IngestDir)) && ctx.Err() == nil {
+			for !hasData(filepath.Join(dir, layout.IngestDir), m.Layers[0].Digest.String()) && ctx.Err() == nil {
 				time.Sleep(time.Millisecond)
 			}
 			cancel()
@@ -228,12 +228,13 @@ func (p place) cutOff(t *testing.T, dir, name string, image testkit.Image) op {
 	}
 }
 
-// hasData tells whether an ingest has begun to fill.
-func hasData(dir string) bool {
+// hasData tells whether the ingest of a blob has begun to fill.
+func hasData(dir, blob string) bool {
 	files, err := filepath.Glob(filepath.Join(dir, "*", layout.IngestData))
 	return err == nil && slices.ContainsFunc(files, func(name string) bool {
 		fi, err := os.Stat(name)
-		return err == nil && fi.Size() > 0
+		info, ierr := os.ReadFile(filepath.Join(filepath.Dir(name), layout.IngestInfo))
+		return err == nil && ierr == nil && fi.Size() > 0 && strings.Contains(string(info), blob)
 	})
 }
 
