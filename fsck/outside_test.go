@@ -127,6 +127,10 @@ var outside = map[string]struct {
 		func(t *testing.T, s *store) { flipFree(t, s.path(layout.DatabaseFile)) },
 		func(*store) []string { return []string{"M2 varve.db"} },
 	},
+	"type of an element": {
+		func(t *testing.T, s *store) { flipType(t, s.path(layout.DatabaseFile)) },
+		func(*store) []string { return []string{"M2 varve.db"} },
+	},
 	"a log of a terabyte": {
 		func(t *testing.T, s *store) { must(t, os.Truncate(s.path(layout.LogFile), 1<<40)) },
 		func(*store) []string { return []string{"M4 varve.log"} },
@@ -199,6 +203,20 @@ func flipAt(t *testing.T, name string, at int64) {
 	data, err := os.ReadFile(name)
 	must(t, err)
 	data[at] ^= 1
+	must(t, os.WriteFile(name, data, 0))
+}
+
+// flipType gives the first element of a leaf page a type that there is not, which
+// bbolt does not mind.
+func flipType(t *testing.T, name string) {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	must(t, err)
+	for at := 2 * 4096; at < len(data); at += 4096 {
+		if page := data[at:]; binary.NativeEndian.Uint16(page[8:]) == 0x02 && binary.NativeEndian.Uint16(page[10:]) > 0 {
+			page[16+1] ^= 0x10
+		}
+	}
 	must(t, os.WriteFile(name, data, 0))
 }
 

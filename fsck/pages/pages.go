@@ -234,6 +234,9 @@ func (p *pages) leaf(id uint64, count int, data []byte, keys keyRange) error {
 			return fmt.Errorf("page %d has %d elements in %d bytes", id, count, len(data))
 		}
 		e := data[at:]
+		if kind := binary.NativeEndian.Uint32(e); kind > bucketElement {
+			return fmt.Errorf("page %d, element %d: it has the type %#x", id, i, kind)
+		}
 		pos, ksize, vsize := binary.NativeEndian.Uint32(e[4:]), binary.NativeEndian.Uint32(e[8:]), binary.NativeEndian.Uint32(e[12:])
 		key, err := cut(e, pos, ksize)
 		if err != nil || !keys.has(i, key) || i > 0 && bytes.Compare(last, key) >= 0 {
