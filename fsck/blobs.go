@@ -115,8 +115,8 @@ func (c *checker) blobDigest(f found) {
 	workers.Wait()
 }
 
-// hashes tells whether this check holds a blob against its digest by B3.
-func (c *checker) hashes(d layout.BlobDigest) bool {
+// reads tells whether this look holds a blob against its digest by B3.
+func (c *checker) reads(d layout.BlobDigest) bool {
 	_, listed := slices.BinarySearch(c.blobs.list, d)
 	return c.asked("B3") && listed && c.drawn(string(d))
 }

@@ -47,9 +47,10 @@ type Options struct {
 	// Of ids and digests the beginning is enough.
 	Of []string
 	// Sample is the share of the blobs, and of the files of layers, whose
-	// contents a deep check reads, drawn anew for each check; everything else
-	// is compared as always. 0 or 1: all.
+	// contents a deep check reads, drawn by Draw, or anew if that is 0;
+	// everything else is compared as always. 0 or 1: all.
 	Sample float64
+	Draw   uint64
 	// Resume is a deep check that was cut off and is to go on, in place of
 	// Of and Sample. What it has read is not read again.
 	Resume *layout.CheckRecord
@@ -76,13 +77,17 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 		return nil, err
 	}
 	now := time.Now().UTC()
-	state := layout.CheckRecord{Started: now, Of: opts.Of, Sample: opts.Sample, Draw: rand.Uint64()}
+	state := layout.CheckRecord{Started: now, Of: opts.Of, Sample: opts.Sample, Draw: opts.Draw}
+	for state.Draw == 0 {
+		state.Draw = rand.Uint64()
+	}
 	report := &Report{Root: opts.Root, Level: opts.Level, Findings: []Finding{}}
 	if opts.Resume != nil {
 		state, report.Resumed = *opts.Resume, now
 	}
-	report.Started, report.Of, report.Sample = state.Started, state.Of, state.Sample
-	c := &checker{ctx: ctx, opts: opts, state: state, mark: &marker{tell: opts.Mark, record: state}, limit: rate.NewLimiter(rate.Inf, burst)}
+	report.Started, report.Of, report.Sample, report.Draw = state.Started, state.Of, state.Sample, state.Draw
+	c := &checker{ctx: ctx, opts: opts, state: state, mark: newMarker(opts.Mark, state), limit: rate.NewLimiter(rate.Inf, burst)}
+	c.hashes = c.reads
 	c.files.Store(state.Files)
 	c.bytes.Store(state.Bytes)
 	if opts.Rate > 0 {
@@ -160,12 +165,14 @@ type checker struct {
 	manifests map[layout.LayerID]summary
 	state     layout.CheckRecord // what it is of, and where it began
 	mark      *marker
-	chosen    map[string]bool           // if not nil, the objects that are spoken of
-	only      map[string]bool           // if not nil, those of them that B3 and L4 look at
-	blobs     *queue[layout.BlobDigest] // for B3 to read
-	layers    *queue[layout.LayerID]    // for L4
-	limit     *rate.Limiter             // of what deep checks read
-	total     int64                     // bytes that deep checks will read, about
+	chosen    map[string]bool              // if not nil, the objects that are spoken of
+	hashes    func(layout.BlobDigest) bool // whether B3 is held for a blob
+	within    map[layout.Node]bool         // what these are of
+	only      map[string]bool              // if not nil, those of them that B3 and L4 look at
+	blobs     *queue[layout.BlobDigest]    // for B3 to read
+	layers    *queue[layout.LayerID]       // for L4
+	limit     *rate.Limiter                // of what deep checks read
+	total     int64                        // bytes that deep checks will read, about
 	bytes     atomic.Int64
 	files     atomic.Int64
 
@@ -255,6 +262,7 @@ func (c *checker) again() error {
 	second := &checker{ctx: c.ctx, opts: c.opts, state: c.state, mark: c.mark, limit: c.limit, only: map[string]bool{}}
 	second.opts.Progress = nil
 	second.state.Blob, second.state.Layer = "", ""
+	second.hashes = c.hashes // what the first has not hashed is not said to be
 	for _, f := range c.findings {
 		second.only[f.Object] = true
 	}

@@ -34,6 +34,7 @@ type Report struct {
 	Level    layout.Level `json:"level"`
 	Of       []string     `json:"of,omitempty"`     // what was chosen; nothing: the store
 	Sample   float64      `json:"sample,omitempty"` // share of the contents that was read; 0: all
+	Draw     uint64       `json:"draw,omitempty"`   // what the sample was drawn by
 	Findings []Finding    `json:"findings"`         // by invariant, object and path
 	Blobs    int          `json:"blobs"`            // recorded ones, of those chosen
 	Layers   int          `json:"layers"`           // recorded ones

@@ -2,6 +2,8 @@ package fsck
 
 import (
 	"fmt"
+	"maps"
+	"strconv"
 	"strings"
 
 	"github.com/cespare/xxhash/v2"
@@ -21,8 +23,16 @@ func (c *checker) choose() error {
 		return nil
 	}
 	c.chosen = map[string]bool{theDatabase: true}
+	// Edges that are stored by half, or that only the records call for, lead
+	// to what is chosen as well.
+	edges := map[layout.Edge]bool{}
+	c.calledFor(func(parent layout.Node, rel string, child layout.Node) {
+		edges[layout.Edge{Parent: parent, Rel: rel, Child: child}] = true
+	})
+	maps.Copy(edges, c.rec.edges)
+	maps.Copy(edges, c.rec.back)
 	below := map[layout.Node][]layout.Node{}
-	for e := range c.rec.edges {
+	for e := range edges {
 		below[e.Parent] = append(below[e.Parent], e.Child)
 	}
 	seen := map[layout.Node]bool{}
@@ -50,13 +60,7 @@ func (c *checker) choose() error {
 			c.chosen[object] = true
 		}
 	}
-	for _, edges := range []map[layout.Edge]bool{c.rec.edges, c.rec.back} {
-		for e := range edges {
-			if seen[e.Parent] {
-				c.chosen[edgeObject(e)] = true
-			}
-		}
-	}
+	c.within = seen
 	return nil
 }
 
@@ -94,10 +98,15 @@ func (c *checker) named(name string) []layout.Node {
 			return []layout.Node{n}
 		}
 	}
+	for id, rec := range c.rec.containers {
+		if rec.Name == name {
+			return []layout.Node{layout.ContainerNode(id)}
+		}
+	}
 	var found []layout.Node
 	begins := func(id string) bool { return len(name) >= leastID && strings.HasPrefix(id, name) }
-	for id, rec := range c.rec.containers {
-		if rec.Name == name || begins(string(id)) {
+	for id := range c.rec.containers {
+		if begins(string(id)) {
 			found = append(found, layout.ContainerNode(id))
 		}
 	}
@@ -136,8 +145,20 @@ func (c *checker) imagesOf(config layout.BlobDigest) (manifests []layout.Node) {
 	return manifests
 }
 
-// isChosen tells whether what is wrong with an object is to be said.
-func (c *checker) isChosen(object string) bool { return c.chosen == nil || c.chosen[object] }
+// isChosen tells whether what is wrong with an object is to be said; of an edge,
+// if its parent is chosen.
+func (c *checker) isChosen(object string) bool {
+	if c.chosen == nil || c.chosen[object] {
+		return true
+	}
+	edge, ok := strings.CutPrefix(object, "edge ")
+	if !ok {
+		return false
+	}
+	quoted, _ := strconv.QuotedPrefix(edge)
+	parent, err := strconv.Unquote(quoted)
+	return err == nil && c.within[layout.Node(parent)]
+}
 
 // concerns tells whether an object is looked at at all: at the second look
 // those are that something was wrong with.

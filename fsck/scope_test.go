@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,6 +76,22 @@ func TestWhatIsChosenIsChecked(t *testing.T) {
 	}
 }
 
+// A reference that is lost is said of what is chosen, and what it led to is
+// looked at.
+func TestChosenByALostEdge(t *testing.T) {
+	s := makeStore(t)
+	s.in(t, func(tx *bolt.Tx) error {
+		unlink(t, tx, layout.ImageNode("image"), layout.RelTarget, layout.BlobNode(s.index))
+		unlink(t, tx, layout.BlobNode(s.manifest), layout.RelContent, layout.BlobNode(s.config))
+		return nil
+	})
+	must(t, os.Chmod(s.file("d/other"), 0o600))
+	r, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep, Of: []string{"image"}})
+	if must(t, err); !slices.Equal(numbers(r), []string{"E3", "E3", "E4", "L4"}) && !slices.Equal(numbers(r), []string{"E3", "E3", "E4", "E4", "L4"}) {
+		t.Errorf("%v: %+v", numbers(r), r.Findings)
+	}
+}
+
 // TestSample reads a share of the contents, each time another, and compares all
 // the rest.
 func TestSample(t *testing.T) {
@@ -110,6 +127,57 @@ func TestSample(t *testing.T) {
 	}
 	if _, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Sample: 1.5}); !errors.Is(err, errdefs.ErrInvalidArgument) {
 		t.Errorf("a sample of 1.5: %v", err)
+	}
+}
+
+// TestResumeTwice cuts a check off before it has come to what an earlier part
+// found, and before a layer whose file manifest was bad; what came since is read
+// as well.
+func TestResumeTwice(t *testing.T) {
+	s := makeStore(t)
+	blobs, _ := s.many(t, 40, 20_000)
+	s.flip(t, blobs[3])
+	var files layout.BlobDigest // of the first layer, which is not looked at for what is wrong with them
+	s.in(t, func(tx *bolt.Tx) error {
+		edit(t, tx, layout.BucketLayers, string(topLayer), func(r *layout.LayerRecord) { files = r.Manifest })
+		return nil
+	})
+	good, err := os.ReadFile(s.path(layout.BlobPath(files)))
+	must(t, err)
+	s.flip(t, files)
+	must(t, os.Chmod(s.path(layout.LayerPath(topLayer), layout.TreeDir), 0o700))
+	var cut layout.CheckRecord
+	part := func(from *layout.CheckRecord, enough int64) error {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		_, err := fsck.Run(ctx, fsck.Options{
+			Root: s.dir, Level: layout.Deep, Resume: from, Workers: 1, Rate: 1 << 30, Mark: func(r layout.CheckRecord) { cut = r },
+			Progress: func(done, _ int64) {
+				if done >= enough {
+					cancel()
+				}
+			},
+		})
+		return err
+	}
+	whole, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep})
+	must(t, err)
+	// The first part ends in the tree of the last layer, the second at once.
+	_ = part(nil, whole.Bytes)
+	first := cut
+	_ = part(&first, first.Bytes+1)
+	must(t, os.WriteFile(s.path(layout.BlobPath(files)), good, 0))
+	young := layout.BlobDigest("sha256:" + strings.Repeat("0", 64))
+	s.in(t, func(tx *bolt.Tx) error {
+		put(t, tx, layout.BucketBlobs, string(young), layout.BlobRecord{Size: 3, Created: time.Now().UTC()})
+		link(t, tx, layout.ImageNode("image"), layout.RelContent, layout.BlobNode(young))
+		return nil
+	})
+	must(t, os.WriteFile(s.path(layout.BlobPath(young)), []byte("bad"), 0o444))
+	r, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep, Resume: &cut})
+	must(t, err)
+	if !slices.Equal(numbers(r), []string{"B3", "B3", "L4"}) {
+		t.Errorf("cut at %+v, then %+v: %v", first, cut, r.Findings)
 	}
 }
 

@@ -44,6 +44,7 @@ func (c *checker) layerTree(f found) {
 // without the tree, L1 or L3 has said so.
 func (c *checker) compareTree(id layout.LayerID, f found, pieces chan<- piece) {
 	if c.manifests[id].err != nil || !c.isDir(treePath(id)) {
+		c.mark.skip(layerObject(id))
 		c.layers.done(c, id)
 		return
 	}
@@ -128,8 +129,10 @@ func (t *tree) begin() {
 
 func (t *tree) done() {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.left--; t.left == 0 {
+	t.left--
+	last := t.left == 0
+	t.mu.Unlock()
+	if last {
 		t.end()
 	}
 }
@@ -251,8 +254,8 @@ func (h *hand) links(t *tree, w *want, at []stood) {
 		return
 	}
 	if file.stat.Nlink > names && !w.mode.IsDir() {
-		if other, ok := t.share(file.inode(), file.name); ok {
-			t.found(file.name, "a hard link of %q, must be a file of its own", other)
+		if other, ok := t.share(file.inode(), file.name); ok { // whichever came first
+			t.found(max(file.name, other), "a hard link of %q, must be a file of its own", min(file.name, other))
 		}
 	}
 	h.attributes(t, w, file, w.names[0])
