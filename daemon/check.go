@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"time"
 
 	"varve.dev/api/varve"
 	"varve.dev/errdefs"
@@ -46,19 +47,29 @@ func (e *Engine) check(ctx context.Context, opts fsck.Options, kind checkKind, r
 		e.note(ctx, func(tx *metadata.Tx) error {
 			rec := report.Record()
 			rec.Background = kind == background
-			if len(rec.Of) > 0 || rec.Sample > 0 {
-				return tx.Checks().Delete(string(kind))
+			if len(rec.Of) == 0 && rec.Sample == 0 {
+				return errors.Join(tx.Checks().Delete(string(kind)), tx.Checks().Put(layout.CheckedKey, rec))
 			}
-			return errors.Join(tx.Checks().Delete(string(kind)), tx.Checks().Put(layout.CheckedKey, rec))
+			// One of more may be what was cut off.
+			cut, err := tx.Checks().Get(string(kind))
+			if err == nil && cut.Started.Equal(rec.Started) {
+				err = tx.Checks().Delete(string(kind))
+			}
+			return err
 		})
 	}
 	return report, err
 }
 
+// noteTimeout bounds what a check waits for a store that does not write.
+const noteTimeout = 10 * time.Second
+
 // note writes down where a check is. That it cannot is no reason for the check
 // to fail: it may be of a store that is full, or whose disk does not write.
 func (e *Engine) note(ctx context.Context, fn func(*metadata.Tx) error) {
-	_ = e.db.Update(context.WithoutCancel(ctx), fn)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteTimeout)
+	defer cancel()
+	_ = e.db.Update(ctx, fn)
 }
 
 // checked returns what is kept of a check; nil if nothing is.

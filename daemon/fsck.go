@@ -41,6 +41,7 @@ func (e *Engine) Fsck(ctx context.Context, req varve.FsckRequest, progress func(
 		if err := e.repairer.Run(ctx, plan, forwardRepairs(progress)); err != nil {
 			return varve.FsckReport{}, err
 		}
+		opts.Of, opts.Sample, opts.Draw = report.Of, report.Sample, report.Draw // the same again
 		if report, err = e.check(ctx, opts, asked, false); err != nil {
 			return varve.FsckReport{}, err
 		}

@@ -69,7 +69,9 @@ func (e *Engine) Quarantine(ctx context.Context) (out []varve.Quarantined, err e
 }
 
 // Discard implements varve.Backend.
-func (e *Engine) Discard(ctx context.Context, ids []string) error { return e.repairer.Discard(ctx, ids) }
+func (e *Engine) Discard(ctx context.Context, ids []string) error {
+	return e.repairer.Discard(ctx, ids)
+}
 
 // usable tells whether an image that is about to be used, or that a pull says
 // is there, is whole as far as a look at its files tells.

@@ -141,6 +141,13 @@ func (l *changeLog) sync() error {
 	return nil
 }
 
+// complete tells whether every line got into the file.
+func (l *changeLog) complete() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.failed
+}
+
 // close ends the log. What is not synced by then is in the database.
 func (l *changeLog) close() error {
 	close(l.end)

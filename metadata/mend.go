@@ -35,10 +35,10 @@ func (tx *Tx) Unused(n layout.Node, path string) (bool, error) {
 }
 
 // LoggedRecords returns the records that the change log tells of, by bucket and
-// key; nil if it cannot be read to its end.
+// key; nil if it cannot be read to its end, or does not have the last of them.
 func (db *DB) LoggedRecords() map[string]map[string]json.RawMessage {
 	r := newRebuilder(db.root)
-	if r.readLog(); len(r.report.Lost) > 0 {
+	if r.readLog(); len(r.report.Lost) > 0 || r.store != db.meta.ID || !db.log.complete() {
 		return nil
 	}
 	return r.state

@@ -69,9 +69,10 @@ func (b *blobRepair) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if b.forgotten(ctx) {
-		_, err := p.close()
-		return err
+	whole, err := b.forgotten(ctx)
+	if whole || err != nil {
+		_, cerr := p.close()
+		return errors.Join(err, cerr)
 	}
 	err = p.take(layout.BlobPath(b.blob))
 	if err == nil {
@@ -85,15 +86,21 @@ func (b *blobRepair) run(ctx context.Context) error {
 	return errors.Join(err, cerr)
 }
 
-// forgotten tells whether the blob is whole on the disk, and memory, which had
-// other bytes of it, has them no more.
-func (b *blobRepair) forgotten(ctx context.Context) bool {
-	sum, err := sumOf(ctx, reach.NewReader(), b.Root.Path(layout.BlobPath(b.blob)))
-	if err != nil || sum != b.blob.Hex() {
-		return false
+// forgotten tells whether the blob is as it is recorded on the disk, and memory,
+// which had other bytes of it, has them no more. The error is the end of ctx: a
+// blob of which nothing is known stays where it is.
+func (b *blobRepair) forgotten(ctx context.Context) (bool, error) {
+	name := b.Root.Path(layout.BlobPath(b.blob))
+	sum, err := sumOf(ctx, reach.NewReader(), name, b.blob.Hex())
+	if ctx.Err() != nil {
+		return false, ctx.Err()
+	}
+	fi, serr := os.Lstat(name)
+	if err != nil || serr != nil || sum != b.blob.Hex() || fi.Size() != b.known.blobs[b.blob].Size {
+		return false, nil
 	}
 	b.out.Healed, b.out.From = true, "the disk; memory had something else"
-	return true
+	return true, nil
 }
 
 // again brings the blob back from the first that gives its very bytes. What was

@@ -43,10 +43,14 @@ func compare(ctx context.Context, dir string, want *layer.Manifest, suspect func
 	wants := byName(want)
 	disk := reach.NewReader()
 	got, err := layer.Walk(ctx, dir, layer.WalkOptions{Known: func(name string) (string, bool) {
-		if w := wants[name]; w != nil && !suspect(name) {
+		w := wants[name]
+		if w == nil {
+			return "", false
+		}
+		if !suspect(name) {
 			return w.SHA256, true
 		}
-		sum, err := sumOf(ctx, disk, path.Join(dir, name))
+		sum, err := sumOf(ctx, disk, path.Join(dir, name), w.SHA256)
 		return sum, err == nil
 	}})
 	if os.IsNotExist(err) {
@@ -80,23 +84,25 @@ func compare(ctx context.Context, dir string, want *layer.Manifest, suspect func
 	return changes, extra, nil
 }
 
-// sumOf returns the hash of what a file has on the disk, and has the machine
-// forget what else it has of it in memory. If somebody keeps it there, or the
-// disk does not give the bytes, it has none: another file has to take its place.
-func sumOf(ctx context.Context, disk *reach.Reader, file string) (string, error) {
+// sumOf returns the hash of what a file has on the disk. If that is what it has
+// to be, want, the machine is made to forget what else it has of it in memory;
+// if somebody keeps that, or the disk does not give the bytes, the file has no
+// hash: another has to take its place. If it is not, what memory has may be the
+// last good copy.
+func sumOf(ctx context.Context, disk *reach.Reader, file, want string) (string, error) {
 	for range 2 {
 		hash := layout.Algorithm.Hash()
 		err := disk.Read(ctx, unix.AT_FDCWD, file, func(piece []byte) error {
 			_, err := hash.Write(piece)
 			return err
 		})
-		if err == nil {
-			return hex.EncodeToString(hash.Sum(nil)), nil
-		}
-		if errors.Is(err, unix.EIO) {
+		sum := hex.EncodeToString(hash.Sum(nil))
+		switch {
+		case err == nil, errors.Is(err, reach.ErrMemory) && sum != want:
+			return sum, nil
+		case errors.Is(err, unix.EIO):
 			return "", nil
-		}
-		if !errors.Is(err, reach.ErrMemory) {
+		case !errors.Is(err, reach.ErrMemory):
 			return "", err
 		}
 		if err := reach.Forget(unix.AT_FDCWD, file); err != nil {

@@ -53,7 +53,11 @@ func (h *host) diskAndMemory(t *testing.T, disk testkit.Disk, name string, memor
 	disk.Change(t, block, bad)
 	remember(t, name, good)
 	r := h.repair(t)
-	if h.whole(t, r); !strings.Contains(r.Text, "healed from ") {
+	from := "healed from " // a layer's blob, for a file
+	if memory && strings.Contains(name, "/blobs/") {
+		from += "memory"
+	}
+	if h.whole(t, r); !strings.Contains(r.Text, from) {
 		t.Errorf("bad on the disk: %s", r.Text)
 	}
 	forget(t, name)

@@ -76,6 +76,19 @@ func (p *place) close() (string, error) {
 	return p.rel, p.save()
 }
 
+// keep copies a file of the store in, if it is there.
+func (p *place) keep(rel string) error {
+	if fi, err := os.Lstat(p.w.Root.Path(rel)); err != nil || !fi.Mode().IsRegular() {
+		return nil
+	}
+	f, err := p.w.Root.CreateFile(path.Join(p.rel, p.name(rel)), 0o600)
+	if err != nil {
+		return err
+	}
+	p.bad++
+	return errors.Join(p.w.copyOut(rel, f), f.Sync(), f.Close(), p.w.Root.SyncDirs(p.rel))
+}
+
 // take moves a whole file or directory of the store in, if it is there.
 func (p *place) take(rel string) error {
 	to := path.Join(p.rel, p.name(rel))

@@ -112,10 +112,13 @@ func (r *Repairer) Plan(ctx context.Context, report *fsck.Report, from Registrie
 	if err != nil {
 		return nil, err
 	}
-	w := &work{Repairer: r, known: known, registries: from, logged: sync.OnceValue(r.DB.LoggedRecords)}
+	w := &work{Repairer: r, known: known, registries: from, logged: sync.OnceValue(r.DB.LoggedRecords), restored: map[layout.Node]string{}}
 	byObject := map[string]*Step{}
 	plan := &Plan{Steps: []*Step{}}
 	for _, f := range report.Findings {
+		if e, err := edgeOf(f.Object); err == nil && f.Invariant == "E2" {
+			w.lost = append(w.lost, e)
+		}
 		key := w.subject(f)
 		step := byObject[key]
 		if step == nil {
@@ -170,6 +173,10 @@ type work struct {
 	registries Registries
 	// logged are the records that the change log has, by bucket and key.
 	logged func() map[string]map[string]json.RawMessage
+	// lost are the edges with a lost record at an end, and restored says from
+	// what those records were made again.
+	lost     []layout.Edge
+	restored map[layout.Node]string
 }
 
 // subject tells which findings are of one step: all of a layer's tree and of a

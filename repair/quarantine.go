@@ -65,10 +65,13 @@ func sizeOf(dir string) (bytes int64, err error) {
 	return bytes, err
 }
 
-// Discard deletes what was taken out of the store, by id. Errors: ErrNotFound,
-// for the first that is not there, before anything is deleted.
+// Discard deletes what was taken out of the store, by id. Errors: ErrUnavailable
+// during a repair; ErrNotFound, for the first that is not there, before anything
+// is deleted.
 func (r *Repairer) Discard(ctx context.Context, ids []string) error {
-	r.one.Lock() // a repair may be filling its place
+	if !r.one.TryLock() { // it may be filling its place
+		return fmt.Errorf("quarantine: a repair is under way: %w", errdefs.ErrUnavailable)
+	}
 	defer r.one.Unlock()
 	for _, id := range ids {
 		if !layout.IsElement(id) {

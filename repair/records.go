@@ -2,6 +2,7 @@ package repair
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -21,7 +22,7 @@ import (
 // is healed by opening the store, or by nobody: a test compares the three with
 // the law.
 var recordRepairs = map[string]func(context.Context, *work, fsck.Finding, *Outcome) error{
-	"M4": func(ctx context.Context, w *work, _ fsck.Finding, _ *Outcome) error { return w.DB.RewriteLog(ctx) },
+	"M4": rewriteLog,
 	"B4": unused(func(name string) layout.Node {
 		return layout.BlobNode(layout.BlobDigest(string(layout.Algorithm) + ":" + name))
 	}),
@@ -59,7 +60,7 @@ var recordRepairs = map[string]func(context.Context, *work, fsck.Finding, *Outco
 	},
 	"K1": func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		key, err := quoted(f.Object)
-		if err != nil {
+		if err != nil || w.restored[layout.CacheNode(key)] != "" { // with its place
 			return err
 		}
 		defer w.Journal.Kick()
@@ -78,6 +79,21 @@ var leftToUsers = []string{"S1", "S2", "S4", "I1", "I2", "I3", "G2", "C1", "C2",
 
 // blobPerm is the mode of a blob.
 const blobPerm = 0o444
+
+// rewriteLog writes the log from the database, and keeps what it was: it may be
+// the database that is wrong.
+func rewriteLog(ctx context.Context, w *work, f fsck.Finding, out *Outcome) error {
+	p, err := w.newPlace(f.Object, []fsck.Finding{f}, nil)
+	if err != nil {
+		return err
+	}
+	if err = p.keep(layout.LogFile); err == nil {
+		err = w.DB.RewriteLog(ctx)
+	}
+	dir, cerr := p.close()
+	out.Quarantine = dir
+	return errors.Join(err, cerr)
+}
 
 // unused moves what nothing names to the trash, unless something does by now.
 func unused(nodeOf func(name string) layout.Node) func(context.Context, *work, fsck.Finding, *Outcome) error {

@@ -25,39 +25,88 @@ import (
 // it, or from its edges, the index of layers and its files. What only the
 // record said is lost then: labels, origins and times.
 
-// restoreEnds makes the records again that an edge leads from and to.
+// restoreEnds makes the records again that an edge leads from and to. The edge is
+// dropped only if nothing is left that tells what they were: not because the
+// disk was full, or somebody was in a hurry.
 func restoreEnds(ctx context.Context, w *work, f fsck.Finding, out *Outcome) error {
 	e, err := edgeOf(f.Object)
 	if err != nil {
 		return err
 	}
-	for _, n := range []layout.Node{e.Parent, e.Child} {
-		if rerr := w.restore(ctx, n, out); rerr != nil {
-			err = errors.Join(err, rerr)
+	w.restoreAll(ctx)
+	for _, n := range []layout.Node{e.Child, e.Parent} {
+		if err = errors.Join(err, w.restore(ctx, n, out)); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+			return err
 		}
 	}
-	ferr := fixEdge(ctx, w, f, out)
-	if ferr == nil {
-		return nil // whole, or dropped for good
+	if ferr := fixEdge(ctx, w, f, out); ferr != nil {
+		return errors.Join(ferr, err)
 	}
-	return errors.Join(ferr, err)
+	return ctx.Err() // whole, or dropped for good
 }
 
-// restore makes the record of a node again, if it has none. Errors: ErrNotFound
-// if nothing tells what it was.
+// restoreAll makes every lost record again that can be, before the first edge is
+// dropped: what one says may be needed for another.
+func (w *work) restoreAll(ctx context.Context) {
+	for before := -1; before != len(w.restored) && ctx.Err() == nil; {
+		before = len(w.restored)
+		for _, e := range w.lost {
+			_ = w.restore(ctx, e.Child, nil) // said by the step of its edge
+			_ = w.restore(ctx, e.Parent, nil)
+		}
+	}
+}
+
+// stands tells whether an edge of a lost record is still there: if not, the
+// record was removed since the check.
+func (w *work) stands(tx *metadata.Tx, n layout.Node) error {
+	for _, e := range w.lost {
+		if e.Parent != n && e.Child != n {
+			continue
+		}
+		edges, err := tx.Children(e.Parent)
+		if err != nil {
+			return err
+		}
+		if slices.Contains(edges, e) {
+			return nil
+		}
+	}
+	return fmt.Errorf("nothing refers to %s any more: %w", n, errdefs.ErrNotFound)
+}
+
+// restore makes the record of a node again, if it has none, and notes from what.
+// Errors: ErrNotFound if nothing tells what it was.
 func (w *work) restore(ctx context.Context, n layout.Node, out *Outcome) error {
 	there := false
 	err := w.DB.View(ctx, func(tx *metadata.Tx) error {
 		there = tx.Exists(n)
 		return nil
 	})
+	if out != nil && w.restored[n] != "" {
+		out.From = w.restored[n]
+	}
 	if err != nil || there {
+		return err
+	}
+	update := func(put func(*metadata.Tx) error, from string) error {
+		err := w.DB.Update(ctx, func(tx *metadata.Tx) error {
+			if err := w.stands(tx, n); err != nil {
+				return err
+			}
+			return put(tx)
+		})
+		if err == nil {
+			w.restored[n] = from
+			if out != nil {
+				out.From = from
+			}
+		}
 		return err
 	}
 	kind, id := n.Split()
 	if value := w.logged()[metadata.RecordBucket(kind)][id]; value != nil {
-		if err = w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.PutLogged(n, value) }); err == nil {
-			out.From = "the change log"
+		if err = update(func(tx *metadata.Tx) error { return tx.PutLogged(n, value) }, "the change log"); err == nil {
 			return nil
 		}
 	}
@@ -70,12 +119,11 @@ func (w *work) restore(ctx context.Context, n layout.Node, out *Outcome) error {
 	}
 	put, err := again(ctx, id)
 	if err == nil {
-		err = w.DB.Update(ctx, put)
+		err = update(put, "what refers to it")
 	}
 	if err != nil {
 		return fmt.Errorf("record of %s: %w", n, err)
 	}
-	out.From = "what refers to it"
 	return nil
 }
 
