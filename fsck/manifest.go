@@ -267,7 +267,7 @@ func eachResource(in *bufio.Reader, fn func(*want) error) error {
 	last := ""
 	for i := 0; ; i++ {
 		tag, err := binary.ReadUvarint(in)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil || tag != resourceTag {

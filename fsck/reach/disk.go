@@ -77,7 +77,7 @@ func (r *Reader) Read(ctx context.Context, dirfd int, name string, fn func(piece
 		if n == 0 && err == nil {
 			break // it has become shorter
 		}
-		if err == unix.EINVAL || n%alignment != 0 && at+int64(n) < fi.Size() { // stricter than O_DIRECT promised
+		if errors.Is(err, unix.EINVAL) || n%alignment != 0 && at+int64(n) < fi.Size() { // stricter than O_DIRECT promised
 			return errors.Join(r.plainly(ctx, file, at, fn), memory)
 		}
 		if err != nil {
