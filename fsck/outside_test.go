@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -240,16 +241,16 @@ func flipFree(t *testing.T, name string) {
 // A store that is being checked is not opened by somebody else meanwhile.
 func TestClosedStoreStaysClosed(t *testing.T) {
 	s := makeStore(t)
-	asked := false
+	var asked atomic.Bool
 	_, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep, Progress: func(int64, int64) {
-		asked = true
+		asked.Store(true)
 		if db, err := bolt.Open(s.path(layout.DatabaseFile), 0o600, &bolt.Options{Timeout: 1}); err == nil {
 			t.Error("opened")
 			db.Close()
 		}
 	}})
 	must(t, err)
-	if !asked {
+	if !asked.Load() {
 		t.Error("nothing was read")
 	}
 	// Nor is anything made of a directory that is no store.

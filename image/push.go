@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,7 +58,39 @@ func (s *Store) Push(ctx context.Context, ref Ref, options PushOptions) (ocispec
 		s.remotes.forget(ref.Domain(), err)
 		return ocispec.Descriptor{}, fmt.Errorf("push %s: %w", ref.Familiar(), err)
 	}
-	return what, nil
+	return what, p.noteOrigin(ctx)
+}
+
+// noteOrigin notes of all that was pushed that the repository has it: there it
+// can be had again.
+func (p *push) noteOrigin(ctx context.Context) error {
+	here := p.ref.Repository()
+	known := true
+	for d := range p.sent {
+		origins, err := p.store.origins(ctx, d)
+		if errors.Is(err, errdefs.ErrNotFound) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		known = known && slices.Contains(origins, here)
+	}
+	if known {
+		return nil
+	}
+	err := p.store.db.Update(ctx, func(tx *metadata.Tx) error {
+		for d := range p.sent {
+			if err := tx.AddOrigin(layout.BlobDigest(d), here); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("push %s: it is there, but that could not be noted: %w", p.ref.Familiar(), err)
+	}
+	return nil
 }
 
 // whole returns target if everything below it is in the store, or for an
@@ -93,7 +126,7 @@ type push struct {
 	options  PushOptions
 	resolver remotes.Resolver
 	uploads  slots
-	sent     map[digest.Digest]bool
+	sent     map[digest.Digest]bool // what the registry has, or is about to
 }
 
 // tree pushes what desc refers to and then desc itself, under the name at: a
@@ -131,6 +164,7 @@ func (p *push) tree(ctx context.Context, desc ocispec.Descriptor, at Ref) error 
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	p.sent[desc.Digest] = true
 	return p.upload(ctx, pusher, desc)
 }
 

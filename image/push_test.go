@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,6 +20,8 @@ import (
 
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
+	"varve.dev/layout"
+	"varve.dev/metadata"
 )
 
 func mustRef(t *testing.T, s string) Ref {
@@ -76,6 +79,18 @@ func TestPushAndPullBack(t *testing.T) {
 		if !strings.HasPrefix(r, http.MethodHead) {
 			t.Errorf("the second push asked %q", r)
 		}
+	}
+
+	// All of it can be had again from where it was pushed to.
+	err := o.db.View(t.Context(), func(tx *metadata.Tx) error {
+		rec, err := tx.Blobs().Get(layout.BlobDigest(img.Target.Digest))
+		if want := []string{ref.Repository(), far.Repository(), other.Repository()}; err == nil && !slices.Equal(rec.Origins, want) {
+			t.Errorf("origins %v, want %v", rec.Origins, want)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 
 	back := openStore(t, RemoteOptions{})

@@ -56,6 +56,15 @@ func (tx *Tx) applyBlobs(moves []layout.BlobMove) error {
 // maxOrigins bounds the places that a blob's record remembers.
 const maxOrigins = 8
 
+// AddOrigin notes that a repository has a blob. Errors: ErrNotFound.
+func (tx *Tx) AddOrigin(d layout.BlobDigest, repository string) error {
+	rec, err := tx.Blobs().Get(d)
+	if err != nil {
+		return err
+	}
+	return tx.Blobs().Put(d, mergeBlob(rec, layout.BlobRecord{Origins: []string{repository}}))
+}
+
 // mergeBlob keeps what is known of a blob and adds what is new.
 func mergeBlob(old, new layout.BlobRecord) layout.BlobRecord {
 	for _, o := range new.Origins {

@@ -91,6 +91,10 @@ func describeContents(w io.Writer, path string) error {
 	return nil
 }
 
+// overlayNotes are what overlayfs notes for itself on what it copies up: no mount
+// shows it, and two trees that are the same may differ in it.
+var overlayNotes = []string{"trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.nlink", "trusted.overlay.uuid"}
+
 func describeXattrs(w io.Writer, path string) error {
 	list, err := xattrValue(func(buf []byte) (int, error) { return unix.Llistxattr(path, buf) })
 	if errors.Is(err, unix.ENOTSUP) || err == nil && list == "" {
@@ -102,6 +106,9 @@ func describeXattrs(w io.Writer, path string) error {
 	names := strings.Split(strings.TrimSuffix(list, "\x00"), "\x00")
 	slices.Sort(names)
 	for _, name := range names {
+		if slices.Contains(overlayNotes, name) {
+			continue
+		}
 		value, err := xattrValue(func(buf []byte) (int, error) { return unix.Lgetxattr(path, name, buf) })
 		if err != nil {
 			return &fs.PathError{Op: "getxattr " + name, Path: path, Err: err}
