@@ -84,7 +84,7 @@ func TestPushAndPullBack(t *testing.T) {
 	// All of it can be had again from where it was pushed to.
 	err := o.db.View(t.Context(), func(tx *metadata.Tx) error {
 		rec, err := tx.Blobs().Get(layout.BlobDigest(img.Target.Digest))
-		if want := []string{ref.Repository(), far.Repository(), other.Repository()}; err == nil && !slices.Equal(rec.Origins, want) {
+		if want := []string{ref.Repository(), other.Repository(), far.Repository()}; err == nil && !slices.Equal(rec.Origins, want) {
 			t.Errorf("origins %v, want %v", rec.Origins, want)
 		}
 		return err
