@@ -22,9 +22,14 @@
 // stand in, links are never followed, on the way neither, and nothing is opened
 // but regular files and directories.
 //
-// Memory: the records, and one file manifest for each worker. Run may be
-// called any number of times at once.
+// Contents are read from the disk, past the page cache, which is held against
+// them: package reach. A deep check can be of a part of the store (scope.go), and
+// goes on where it was cut off (resume.go).
+//
+// Memory: the records, 8 bytes for each name in the layers that are read at the
+// time, 600 KiB for each worker, the findings. Run may be called any number of
+// times at once.
 //
 // Start reading at fsck.go, then checks.go for the table of checks by number,
-// then records.go for what is loaded.
+// then records.go for what is loaded and tree.go for what a layer is held against.
 package fsck

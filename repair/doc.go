@@ -7,8 +7,8 @@
 // What is healed comes from what proves itself: a file by the sum in its
 // layer's file manifest, a blob by its digest. Sources are tried in this order:
 // the store's own copies (a layer's blob, another layer with the same content,
-// a tree that gives the same blob again), then the registry that a blob came
-// from. Nothing is deleted for being damaged: it moves to quarantine, with a
+// what memory has of a file that went bad on the disk, a tree that gives the same
+// blob again), then the registry that a blob came from or went to. Nothing is deleted for being damaged: it moves to quarantine, with a
 // note. What has no source stays damaged, is marked so that nothing uses it,
 // and the images that it breaks are named; a pull of one of them heals it.
 //
