@@ -14,6 +14,7 @@ import (
 
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
+	"varve.dev/internal/testkit"
 )
 
 // running is a container with a shell that does what it is told.
@@ -62,10 +63,22 @@ func (r *running) ask(t *testing.T, command string) string {
 	return strings.TrimSpace(line)
 }
 
-// A file is damaged under a container that runs: it goes on, sees the good file
-// where it does not hold the bad one, and is named.
+// A file is damaged in the base of three images, under containers that run: they
+// go on, see the good file where they do not hold the bad one, and are named.
+// Nothing is fetched while the layer's blob is there, and that blob if not.
 func TestRunningContainer(t *testing.T) {
 	h := newHost(t)
+	h.with(t, func(ctx context.Context, e *daemon.Engine) {
+		for _, name := range []string{"second:1", "third:1"} {
+			_, err := e.Build(ctx, varve.BuildRequest{
+				DockerfileBytes: []byte("FROM " + h.remote + "/busybox:1\nRUN echo " + name + " >/name\n"), Tags: []string{name}, Network: "none",
+			}, varve.BuildContext{Dir: t.TempDir()}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	h.trees = h.hash(t)
 	reader, holder := h.start(t, "reader"), h.start(t, "holder")
 	file := h.find(t, "etc/passwd")
 	good, err := os.ReadFile(file)
@@ -102,5 +115,18 @@ func TestRunningContainer(t *testing.T) {
 	}
 	if now, err := os.ReadFile(file); err != nil || string(now) != string(good) {
 		t.Errorf("the file: %v", err)
+	}
+
+	m, _ := testkit.ReadImage(t, testkit.Busybox(t))
+	if err := errors.Join(flip(file), os.Remove(h.blob(m.Layers[0].Digest.String()))); err != nil {
+		t.Fatal(err)
+	}
+	r = h.repair(t)
+	h.whole(t, r)
+	if fetched := stepOf(t, r, "blob").Done.Fetched + stepOf(t, r, "layer").Done.Fetched; fetched != m.Layers[0].Size {
+		t.Errorf("%d bytes fetched, the layer has %d:\n%s", fetched, m.Layers[0].Size, r.Text)
+	}
+	if now := reader.ask(t, "echo $PPID $$"); now != pid {
+		t.Errorf("the container's processes were %s, and are %s", pid, now)
 	}
 }
