@@ -66,6 +66,11 @@ func do(ctx context.Context, k *Keeper, fn func(context.Context, *Engine) error)
 	return err
 }
 
+// Root implements varve.Backend.
+func (k *Keeper) Root(ctx context.Context) (string, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (string, error) { return e.Root(ctx) })
+}
+
 // Info implements varve.Backend.
 func (k *Keeper) Info(ctx context.Context) (varve.Info, error) {
 	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.Info, error) { return e.Info(ctx) })

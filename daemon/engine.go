@@ -178,6 +178,9 @@ func (e *Engine) tellRebuilt(rec layout.RebuiltRecord) []string {
 	return lines
 }
 
+// Root implements varve.Backend.
+func (e *Engine) Root(context.Context) (string, error) { return e.root.Path("."), nil }
+
 // Info implements varve.Backend.
 func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 	info := varve.Info{

@@ -111,8 +111,8 @@ func tryJoin(ctx context.Context, socket, root string) *Joined {
 		return nil
 	}
 	c := varve.NewClient(socket)
-	info, err := c.Stay(ctx)
-	if err != nil || info.Root != root {
+	served, err := c.Stay(ctx)
+	if err != nil || served != root {
 		c.Close()
 		return nil
 	}

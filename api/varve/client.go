@@ -69,30 +69,29 @@ func (c *Client) Close() error {
 
 // Stay announces a guest, once, before any other call: until Close whoever
 // serves the socket does not shut down by itself, and takes the guest's calls
-// even when the socket's name is gone. It returns what is served there.
-// Errors: ErrUnavailable.
-func (c *Client) Stay(ctx context.Context) (Info, error) {
-	var info Info
+// even when the socket's name is gone. It returns the directory of the store
+// that is served there. Errors: ErrUnavailable.
+func (c *Client) Stay(ctx context.Context) (root string, err error) {
 	fd, err := unix.Open(c.socket, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return info, fmt.Errorf("socket %s: %w: %w", c.socket, err, errdefs.ErrUnavailable)
+		return "", fmt.Errorf("socket %s: %w: %w", c.socket, err, errdefs.ErrUnavailable)
 	}
 	c.pinned = os.NewFile(uintptr(fd), c.socket)
 	stay, leave := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, leave) // until the answer is here
 	body, err := c.open(stay, stayCall, struct{}{}, nil)
 	if err == nil {
-		if err = readAnswer(body, nil, nil, &info); err != nil {
+		if err = readAnswer(body, nil, nil, &root); err != nil {
 			body.Close()
 		}
 	}
 	stop()
 	if err != nil {
 		leave()
-		return Info{}, err
+		return "", err
 	}
 	c.leave = func() { leave(); body.Close() }
-	return info, nil
+	return root, nil
 }
 
 // do makes one call. Output goes to out, which may be nil for a call that has
@@ -180,6 +179,12 @@ func readAnswer(r io.Reader, progress func(Event), out io.Writer, result any) er
 			return nil
 		}
 	}
+}
+
+// Root implements [Backend].
+func (c *Client) Root(ctx context.Context) (r string, err error) {
+	err = c.do(ctx, "root", struct{}{}, nil, nil, nil, &r)
+	return r, err
 }
 
 // Info implements [Backend].

@@ -20,6 +20,7 @@ func IsStay(r *http.Request) bool { return r.URL.Path == Prefix+stayCall }
 // Handler answers the calls under [Prefix] from b.
 func Handler(b Backend) http.Handler {
 	mux := http.NewServeMux()
+	handle(mux, "root", func(c *call, _ struct{}) (any, error) { return b.Root(c.ctx) })
 	handle(mux, "info", func(c *call, _ struct{}) (any, error) { return b.Info(c.ctx) })
 	handle(mux, "fsck", func(c *call, req FsckRequest) (any, error) { return b.Fsck(c.ctx, req, c.event) })
 	handle(mux, "quarantine", func(c *call, _ struct{}) (any, error) { return b.Quarantine(c.ctx) })
@@ -43,18 +44,18 @@ func Handler(b Backend) http.Handler {
 	return mux
 }
 
-// stay answers with the store's description and then keeps the call open until
+// stay answers with the store's directory and then keeps the call open until
 // the client goes: whoever serves the store in a command stays as long as it
 // has guests.
 func stay(b Backend) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		c := &call{ctx: r.Context(), enc: json.NewEncoder(w), flush: http.NewResponseController(w).Flush}
-		info, err := b.Info(c.ctx)
+		root, err := b.Root(c.ctx)
 		if err != nil {
 			c.send(frame{Error: encodeError(err)})
 			return
 		}
-		raw, err := json.Marshal(info)
+		raw, err := json.Marshal(root)
 		if err != nil {
 			c.send(frame{Error: encodeError(err)})
 			return
