@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -22,18 +21,9 @@ import (
 // load gives a store an image.
 func (k *kept) load(t *testing.T, img testkit.Image) {
 	t.Helper()
-	tar := exec.Command("tar", "-C", img.Dir, "-cf", "-", ".")
-	out, err := tar.StdoutPipe()
-	if err == nil {
-		err = tar.Start()
-	}
-	if err == nil {
-		_, err = k.Load(t.Context(), out, nil)
-	}
-	if err == nil {
-		err = tar.Wait()
-	}
-	if err != nil {
+	archive := img.Archive()
+	defer archive.Close()
+	if _, err := k.Load(t.Context(), archive, nil); err != nil {
 		t.Fatal(err)
 	}
 }

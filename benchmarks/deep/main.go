@@ -75,20 +75,12 @@ func in(varve string, img testkit.Image, do func(store) error) error {
 	}
 	defer os.RemoveAll(dir)
 	s := store{varve, dir}
-	archive := exec.Command("tar", "-C", img.Dir, "-cf", "-", ".")
+	archive := img.Archive()
+	defer archive.Close()
 	load := s.command("load")
-	if load.Stdin, err = archive.StdoutPipe(); err != nil {
-		return err
-	}
-	if err := archive.Start(); err != nil {
-		return err
-	}
-	out, err := load.CombinedOutput()
-	if err != nil {
+	load.Stdin = archive
+	if out, err := load.CombinedOutput(); err != nil {
 		return fmt.Errorf("%v: %w: %s", load, err, out)
-	}
-	if err := archive.Wait(); err != nil {
-		return err
 	}
 	return do(s)
 }

@@ -1,8 +1,10 @@
 package testkit
 
 import (
+	"archive/tar"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -187,4 +189,34 @@ func ReadImage(t testing.TB, img Image) (m ocispec.Manifest, config ocispec.Imag
 	read(target.Digest, &m)
 	read(m.Config.Digest, &config)
 	return m, config
+}
+
+// layered makes an image of so many layers of one kind, and keeps it under a
+// name of its own.
+func layered(name string, how Compression, layers int, fill func(b *LayerBuilder, layer int)) (Image, error) {
+	return cached(name, []string{"1"}, func(l *Layout) (Image, error) {
+		var stack []Layer
+		for i := range layers {
+			layer, err := l.AddLayer(how, fmt.Sprintf("layer %d", i), func(b *LayerBuilder) { fill(b, i) })
+			if err != nil {
+				return Image{}, err
+			}
+			stack = append(stack, layer)
+		}
+		manifest, err := l.AddImage(ocispec.ImageConfig{Cmd: []string{"true"}}, stack...)
+		if err != nil {
+			return Image{}, err
+		}
+		return l.Finish(name+":latest", manifest)
+	})
+}
+
+// Archive is the layout as a tar stream, which ends early when it is closed.
+func (i Image) Archive() io.ReadCloser {
+	r, w := io.Pipe()
+	go func() {
+		archive := tar.NewWriter(w)
+		w.CloseWithError(errors.Join(archive.AddFS(os.DirFS(i.Dir)), archive.Close()))
+	}()
+	return r
 }

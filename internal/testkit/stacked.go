@@ -6,8 +6,6 @@ import (
 	"strconv"
 	"testing"
 	"time"
-
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // Stacked is an image of many layers that lean on each other: each writes its
@@ -21,22 +19,7 @@ func Stacked(t testing.TB, layers, filesEach int) Image {
 
 // MakeStacked is [Stacked] outside tests.
 func MakeStacked(layers, filesEach int) (Image, error) {
-	name := fmt.Sprintf("stacked-%dx%d", layers, filesEach)
-	return cached(name, []string{"1"}, func(l *Layout) (Image, error) {
-		var stack []Layer
-		for i := range layers {
-			layer, err := l.AddLayer(Gzip, fmt.Sprintf("layer %d", i), func(b *LayerBuilder) { fillStacked(b, i, filesEach) })
-			if err != nil {
-				return Image{}, err
-			}
-			stack = append(stack, layer)
-		}
-		manifest, err := l.AddImage(ocispec.ImageConfig{Cmd: []string{"true"}}, stack...)
-		if err != nil {
-			return Image{}, err
-		}
-		return l.Finish(name+":latest", manifest)
-	})
+	return layered(fmt.Sprintf("stacked-%dx%d", layers, filesEach), Gzip, layers, func(b *LayerBuilder, i int) { fillStacked(b, i, filesEach) })
 }
 
 const stackedPerDir = 25
