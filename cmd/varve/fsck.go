@@ -75,8 +75,8 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 				return errUsage("fsck: --resume goes on with what was begun; nothing can be chosen anew")
 			}
 			if rate != "" {
-				if request.Rate, err = units.FromHumanSize(rate); err != nil || request.Rate <= 0 {
-					return errUsage("fsck: --rate %q is no number of bytes a second, such as 50MB", rate)
+				if request.Rate, err = bytesPerSecond("fsck: --rate", rate); err != nil {
+					return err
 				}
 			}
 			code := couldNotRun
@@ -125,6 +125,15 @@ Exit codes: 0 clean, 1 found and repairable, 2 loss, 3 could not run.`,
 	cmd.Flags().BoolVar(&list, "list", false, "print every invariant, its severity, its level and what that costs, and its repair")
 	of.add(cmd)
 	return cmd
+}
+
+// bytesPerSecond reads "50MB", the value of a flag or setting.
+func bytesPerSecond(of, s string) (int64, error) {
+	rate, err := units.FromHumanSize(s)
+	if err != nil || rate <= 0 {
+		return 0, errUsage("%s %q is no number of bytes a second, such as 50MB", of, s)
+	}
+	return rate, nil
 }
 
 // share reads "5%" or "0.05".

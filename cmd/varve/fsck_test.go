@@ -18,12 +18,19 @@ import (
 	"varve.dev/layout"
 )
 
+// unclean is a host whose store need not be clean at the end.
+func unclean(t *testing.T) *host {
+	t.Helper()
+	testkit.NeedRoot(t)
+	h := &host{t: t, bin: testkit.Binaries(t), root: filepath.Join(t.TempDir(), "root")}
+	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+t.TempDir())
+	return h
+}
+
 // damaged is a host with an image whose store was damaged.
 func damaged(t *testing.T, kind string) *host {
 	t.Helper()
-	testkit.NeedRoot(t)
-	h := &host{t: t, bin: testkit.Binaries(t), root: filepath.Join(t.TempDir(), "root")} // not clean at the end
-	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+t.TempDir())
+	h := unclean(t)
 	h.run("pull", busybox(t))
 	if _, err := corrupt.Do(h.root, kind, 1); err != nil {
 		t.Fatal(err)
@@ -79,9 +86,7 @@ func TestFsckOfAStoreThatDoesNotOpen(t *testing.T) {
 
 // What is named is checked with all that it stands on, and nothing else.
 func TestFsckOfAnImage(t *testing.T) {
-	testkit.NeedRoot(t)
-	h := &host{t: t, bin: testkit.Binaries(t), root: filepath.Join(t.TempDir(), "root")} // not clean at the end
-	h.env = append(os.Environ(), "VARVE_ROOT="+h.root, "VARVE_STATE="+t.TempDir())
+	h := unclean(t)
 	name, other := busybox(t), testkit.Registry(t).Push(t, testkit.Long(t, 2, 1<<20), "long:latest")
 	h.run("pull", name)
 	h.run("pull", other)

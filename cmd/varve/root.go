@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/BurntSushi/toml"
-	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
 	"varve.dev/api/varve"
@@ -67,11 +66,9 @@ func (c scrubConfig) scrub() (s daemon.Scrub, err error) {
 		return s, fmt.Errorf("scrub.when %q is not off, weekly or continuous: %w", c.When, errdefs.ErrInvalidArgument)
 	}
 	if c.Rate != "" {
-		if s.Rate, err = units.FromHumanSize(c.Rate); err != nil || s.Rate <= 0 {
-			return s, fmt.Errorf("scrub.rate %q is no number of bytes a second, such as 50MB: %w", c.Rate, errdefs.ErrInvalidArgument)
-		}
+		s.Rate, err = bytesPerSecond("scrub.rate", c.Rate)
 	}
-	return s, nil
+	return s, err
 }
 
 func newRoot() *cobra.Command {
