@@ -103,16 +103,11 @@ func (c *checker) edgeCalledFor(f found) {
 		}
 	})
 	for e := range c.rec.edges {
-		if ownRelations[e.Rel] && !called[e] && !lost[relation{e.Parent, e.Rel}] && c.readable(e.Parent) && c.exists(e.Child) {
+		if layout.RecordTells(e.Rel) && !called[e] && !lost[relation{e.Parent, e.Rel}] && c.readable(e.Parent) && c.exists(e.Child) {
 			f(edgeObject(e), "", "it is stored and the record does not call for it")
 		}
 	}
 	c.contentEdges(f)
-}
-
-// ownRelations are those that a record calls for by itself.
-var ownRelations = map[string]bool{
-	layout.RelTarget: true, layout.RelParent: true, layout.RelTree: true, layout.RelFiles: true, layout.RelRootfs: true, layout.RelResult: true,
 }
 
 // stored tells whether at least half of an edge is: E1 says if it is not all.

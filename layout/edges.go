@@ -144,3 +144,13 @@ func (r LayerRecord) Key() string {
 	}
 	return ""
 }
+
+// RecordTells tells whether the record of an edge's parent calls for a relation
+// by itself. Of the others documents tell, or those that made them.
+func RecordTells(rel string) bool {
+	switch rel {
+	case RelTarget, RelParent, RelTree, RelFiles, RelRootfs, RelResult:
+		return true
+	}
+	return false
+}

@@ -117,7 +117,7 @@ func (tx *Tx) FixEdge(e layout.Edge) error {
 		}
 		return tx.Unlink(e)
 	}
-	called, known, err := tx.calledFor(e.Parent)
+	called, err := tx.calledFor(e.Parent)
 	if err != nil {
 		return err
 	}
@@ -130,7 +130,7 @@ func (tx *Tx) FixEdge(e layout.Edge) error {
 	switch {
 	case err != nil:
 		return err
-	case slices.Contains(known, e.Rel) && !slices.Contains(called, e):
+	case layout.RecordTells(e.Rel) && !slices.Contains(called, e):
 		return tx.Unlink(e)
 	case tx.Exists(e.Child):
 		return tx.Link(e)
@@ -138,10 +138,8 @@ func (tx *Tx) FixEdge(e layout.Edge) error {
 	return fmt.Errorf("%s is needed by %s and is not there: %w", e.Child, e.Parent, errdefs.ErrNotFound)
 }
 
-// calledFor returns the edges that the record of a node calls for by itself,
-// and the relations that it tells of: of others, documents tell, or those that
-// made them.
-func (tx *Tx) calledFor(n layout.Node) (edges []layout.Edge, known []string, err error) {
+// calledFor returns the edges that the record of a node calls for by itself.
+func (tx *Tx) calledFor(n layout.Node) (edges []layout.Edge, err error) {
 	needs := func(rel string, child layout.Node) {
 		edges = append(edges, layout.Edge{Parent: n, Rel: rel, Child: child})
 	}
@@ -149,9 +147,8 @@ func (tx *Tx) calledFor(n layout.Node) (edges []layout.Edge, known []string, err
 	case layout.KindSnapshot:
 		rec, err := tx.Snapshots().Get(layout.SnapshotKey(id))
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		known = []string{layout.RelParent, layout.RelTree}
 		if rec.Parent != "" {
 			needs(layout.RelParent, layout.SnapshotNode(rec.Parent))
 		}
@@ -164,33 +161,29 @@ func (tx *Tx) calledFor(n layout.Node) (edges []layout.Edge, known []string, err
 	case layout.KindLayer:
 		rec, err := tx.Layers().Get(layout.LayerID(id))
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		known = []string{layout.RelFiles}
 		needs(layout.RelFiles, layout.BlobNode(rec.Manifest))
 	case layout.KindImage:
 		rec, err := tx.Images().Get(id)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		known = []string{layout.RelTarget}
 		needs(layout.RelTarget, layout.BlobNode(layout.BlobDigest(rec.Target.Digest)))
 	case layout.KindContainer:
 		rec, err := tx.Containers().Get(layout.ContainerID(id))
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		known = []string{layout.RelRootfs}
 		needs(layout.RelRootfs, layout.SnapshotNode(rec.Snapshot))
 	case layout.KindCache:
 		rec, err := tx.Cache().Get(id)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		known = []string{layout.RelResult}
 		for _, s := range rec.Snapshots {
 			needs(layout.RelResult, layout.SnapshotNode(s))
 		}
 	}
-	return edges, known, nil
+	return edges, nil
 }

@@ -69,6 +69,7 @@ var mishaps = map[string]func(t *testing.T, h *host, tx *metadata.Tx) error{
 		needless := layout.BlobNode(layout.BlobDigest(manifest))
 		return errors.Join(
 			tx.Link(layout.Edge{Parent: layout.LayerNode(id), Rel: layout.RelFiles, Child: needless}),
+			tx.Link(layout.Edge{Parent: layout.LayerNode(id), Rel: layout.RelTarget, Child: needless}), // no relation of a layer's
 			tx.Link(layout.Edge{Parent: layout.BlobNode(layout.BlobDigest(manifest)), Rel: layout.RelContent, Child: needless}),
 		)
 	},
