@@ -117,8 +117,11 @@ func (c *checker) blobDigest(f found) {
 
 // reads tells whether this look holds a blob against its digest by B3.
 func (c *checker) reads(d layout.BlobDigest) bool {
+	if !c.asked("B3") {
+		return false
+	}
 	_, listed := slices.BinarySearch(c.blobs.list, d)
-	return c.asked("B3") && listed && c.drawn(string(d))
+	return listed && c.drawn(string(d))
 }
 
 func (c *checker) digestOf(reader *reach.Reader, d layout.BlobDigest, f found) {

@@ -68,10 +68,11 @@ const maxWorkers = 8
 const burst = 128 << 10
 
 // Run checks a store. An error means that the check could not take place:
-// ErrNotFound for no store or nothing that is called as chosen, ErrUnavailable for one that is open elsewhere or
-// cannot be read, ErrFailedPrecondition for a format that is not known,
-// ErrInvalidArgument for options, or the end of ctx. A nil error means that
-// every check of the level was made; what they found is in the report.
+// ErrNotFound for no store or nothing that is called as chosen, ErrUnavailable
+// for one that is open elsewhere or cannot be read, ErrFailedPrecondition for a
+// format that is not known, ErrInvalidArgument for options, or the end of ctx. A
+// nil error means that every check of the level was made; what they found is in
+// the report.
 func Run(ctx context.Context, opts Options) (*Report, error) {
 	if err := opts.fill(); err != nil {
 		return nil, err
@@ -201,7 +202,9 @@ func (c *checker) run() (err error) {
 	if err := c.choose(); err != nil {
 		return err
 	}
-	c.plan()
+	if c.rec != nil && (c.asked("B3") || c.asked("L4")) {
+		c.plan()
+	}
 	if c.rec != nil && (c.asked("L3") || c.asked("L4") || c.asked("L6")) {
 		c.readManifests()
 	}

@@ -67,7 +67,6 @@ type summary struct {
 	err    error
 	size   int64
 	inodes int64
-	names  int // of all inodes
 }
 
 // errUnchecked means that the manifest's blob is not whole, which B1 to B3
@@ -143,7 +142,6 @@ func (c *checker) summarize(rec layout.LayerRecord) (s summary) {
 		return nil
 	})
 	names.sort()
-	s.names = len(names.hashes)
 	wrong := hex.EncodeToString(sum.Sum(nil)) != d.Hex()
 	switch {
 	case wrong && (c.hashes(d) || errors.Is(read, fs.ErrNotExist)): // B3; removed since

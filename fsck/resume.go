@@ -85,9 +85,6 @@ func (m *marker) say(c *checker) {
 // up to which an earlier check has read all, what has come to be since, and what
 // was bad then.
 func (c *checker) plan() {
-	if c.rec == nil {
-		return
-	}
 	toRead := func(object string, passed bool, created time.Time) bool {
 		if passed && !created.After(c.state.Started) {
 			if _, bad := slices.BinarySearch(c.state.Bad, object); !bad {
