@@ -193,7 +193,11 @@ func (e *Engine) Info(ctx context.Context) (varve.Info, error) {
 	}
 	var rebuilt layout.RebuiltRecord // by whichever opening
 	err := e.db.View(ctx, func(tx *metadata.Tx) (err error) {
-		info.Images, info.Layers, info.Blobs = tx.Images().Len(), tx.Layers().Len(), tx.Blobs().Len()
+		all, err := tx.Accounts()
+		if err != nil {
+			return err
+		}
+		info.Images, info.Layers, info.Blobs = int(all[layout.AccountImages].Count), int(all[layout.AccountLayers].Count), int(all[layout.AccountBlobs].Count)
 		if rebuilt, err = tx.Rebuilt(); errors.Is(err, errdefs.ErrNotFound) {
 			return nil
 		}

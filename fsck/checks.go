@@ -43,6 +43,8 @@ var checks = map[string]func(*checker, found){
 	"E2": (*checker).edgeEnds,
 	"E3": (*checker).edgeCalledFor,
 	"E4": (*checker).nodeReferred,
+	"E5": (*checker).usesWritten,
+	"A1": (*checker).accountsAddUp,
 
 	"T1": (*checker).trashNamed,
 	"T2": (*checker).sweepPath,

@@ -49,6 +49,7 @@ var breakages = map[string]breakFunc{
 	},
 	"M5": func(t *testing.T, s *store, tx *bolt.Tx) {
 		s.keepSums = true
+		book(t, tx)
 		sumUp(t, tx)
 		must(t, tx.Bucket([]byte(layout.BucketSweeps)).Delete([]byte("swept")))
 	},
@@ -117,6 +118,19 @@ var breakages = map[string]breakFunc{
 		unlink(t, tx, layout.CacheNode("known"), layout.RelResult, layout.SnapshotNode("base"))
 	},
 	"E4": func(t *testing.T, s *store, tx *bolt.Tx) { s.addBlob(t, tx, []byte("nobody's")) },
+	"E5": func(t *testing.T, s *store, tx *bolt.Tx) {
+		book(t, tx)
+		s.keepBook = true
+		e := layout.Edge{Parent: layout.ImageNode("image"), Rel: layout.RelTarget, Child: layout.BlobNode(s.index)}
+		must(t, tx.Bucket([]byte(layout.BucketUses)).Delete(e.Key()))
+	},
+	"A1": func(t *testing.T, s *store, tx *bolt.Tx) {
+		book(t, tx)
+		s.keepBook = true
+		edit(t, tx, layout.BucketMeta, layout.StateKey, func(r *layout.StateRecord) {
+			r.Accounts.Add(layout.AccountSpareLayers, layout.Usage{Bytes: 4096})
+		})
+	},
 	"T1": func(t *testing.T, s *store, tx *bolt.Tx) {
 		must(t, os.Mkdir(s.path(layout.TrashPath("stranger")), 0o700))
 	},

@@ -41,6 +41,13 @@ func layerIndexKey(key string) error {
 	return errors.New("it is neither a DiffID's nor a ChainID's")
 }
 
+func measureKey(key string) error {
+	if !layout.IsMeasured(key) {
+		return errors.New("it is no directory that is measured")
+	}
+	return nil
+}
+
 func nameKey(key string) error { return layout.CheckName("key", key) }
 
 var (

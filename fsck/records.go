@@ -33,8 +33,12 @@ type records struct {
 	back       map[layout.Edge]bool // as stored parent first
 	intents    map[layout.IntentID]layout.IntentRecord
 	sweeps     map[string]layout.SweepRecord
-	store      string // its id
-	seq        uint64 // number of the last change
+	measures   map[string]layout.MeasureRecord
+	accounts   layout.Accounts
+	inUse      map[layout.Node]bool // what images, containers and the APIs need
+	uses       []string             // what is wrong with the book of that
+	store      string               // its id
+	seq        uint64               // number of the last change
 	tail       map[string]layout.ChangeRecord
 	logged     map[string]string // bucket + NUL + key → what the log must say of it
 
@@ -51,6 +55,7 @@ func newRecords() *records {
 		leases: map[layout.LeaseID]layout.LeaseRecord{}, cache: map[string]layout.CacheRecord{},
 		byUse: map[string][]time.Time{}, edges: map[layout.Edge]bool{}, back: map[layout.Edge]bool{},
 		intents: map[layout.IntentID]layout.IntentRecord{}, sweeps: map[string]layout.SweepRecord{},
+		measures:   map[string]layout.MeasureRecord{},
 		unreadable: map[string]bool{}, tail: map[string]layout.ChangeRecord{}, logged: map[string]string{},
 	}
 }
@@ -198,12 +203,16 @@ func (c *checker) read(tx *bolt.Tx, rec *records) error {
 	readBucket(c, tx, rec, layout.BucketCache, rec.cache, nameKey)
 	readBucket(c, tx, rec, layout.BucketIntents, rec.intents, nameKey)
 	readBucket(c, tx, rec, layout.BucketSweeps, rec.sweeps, elementKey)
+	readBucket(c, tx, rec, layout.BucketMeasures, rec.measures, measureKey)
 	readBucket(c, tx, rec, layout.BucketLogTail, rec.tail, elementKey)
 	if c.asked("M4") {
 		readLogged(tx, rec)
 	}
 	c.readKeys(tx, layout.BucketEdges, func(k []byte) error { return addEdge(rec.edges, k, layout.ParseEdge) })
 	c.readKeys(tx, layout.BucketEdgesBack, func(k []byte) error { return addEdge(rec.back, k, layout.ParseBackEdge) })
+	if c.asked("E5") || c.asked("A1") {
+		c.readUses(tx, rec)
+	}
 	c.readKeys(tx, layout.BucketCacheByUse, func(k []byte) error {
 		if len(k) < 9 {
 			return errors.New("it is too short for a time and a key")
@@ -224,7 +233,7 @@ func (c *checker) readMeta(tx *bolt.Tx, rec *records) error {
 	metas := map[string]metaRecord{}
 	readBucket(c, tx, rec, layout.BucketMeta, metas, metaKey)
 	meta, ok := metas[layout.MetaKey]
-	rec.store, rec.seq = meta.ID, metas[layout.StateKey].Change
+	rec.store, rec.seq, rec.accounts = meta.ID, metas[layout.StateKey].Change, metas[layout.StateKey].Accounts
 	switch {
 	case !ok && rec.unreadable[layout.BucketMeta+"/"+layout.MetaKey]: // M1
 	case !ok:

@@ -29,6 +29,7 @@ import (
 type store struct {
 	keepLog  bool // the change log is left as it is
 	keepSums bool // and so are the sums and the state record
+	keepBook bool // and the uses and accounts
 	dir      string
 	db       *bolt.DB // nil: closed
 
@@ -261,6 +262,9 @@ func (s *store) in(t *testing.T, fn func(tx *bolt.Tx) error) {
 		if err := fn(tx); err != nil {
 			return err
 		}
+		if !s.keepBook && !s.keepSums {
+			book(t, tx)
+		}
 		if !s.keepSums {
 			sumUp(t, tx)
 		}
@@ -274,12 +278,58 @@ func (s *store) in(t *testing.T, fn func(tx *bolt.Tx) error) {
 // sumUp makes M5 hold.
 func sumUp(t *testing.T, tx *bolt.Tx) {
 	t.Helper()
-	put(t, tx, layout.BucketMeta, layout.StateKey, layout.StateRecord{Commit: uint64(tx.ID())})
+	var state layout.StateRecord
+	if value := tx.Bucket([]byte(layout.BucketMeta)).Get([]byte(layout.StateKey)); value != nil {
+		must(t, layout.Decode(layout.BucketMeta, layout.StateKey, value, &state))
+	}
+	state.Commit = uint64(tx.ID())
+	put(t, tx, layout.BucketMeta, layout.StateKey, state)
 	must(t, tx.ForEach(func(_ []byte, b *bolt.Bucket) error {
 		sum := uint64(0)
 		must(t, b.ForEach(func(k, v []byte) error { sum += layout.EntrySum(k, v); return nil }))
 		return b.SetSequence(sum)
 	}))
+}
+
+// book writes the uses and the accounts, going over everything until nothing
+// changes.
+func book(t *testing.T, tx *bolt.Tx) {
+	t.Helper()
+	if tx.Bucket([]byte(layout.BucketUses)) != nil {
+		must(t, tx.DeleteBucket([]byte(layout.BucketUses)))
+	}
+	uses, err := tx.CreateBucket([]byte(layout.BucketUses))
+	must(t, err)
+	used := map[layout.Node]bool{}
+	for again := true; again; {
+		again = false
+		must(t, tx.Bucket([]byte(layout.BucketEdges)).ForEach(func(k, _ []byte) error {
+			e, err := layout.ParseEdge(k)
+			if err != nil || !e.Parent.User() && !used[e.Parent] {
+				return nil
+			}
+			again = again || !used[e.Child]
+			used[e.Child] = true
+			return uses.Put(k, nil)
+		}))
+	}
+	state := layout.StateRecord{Accounts: layout.Accounts{}}
+	for _, name := range layout.Buckets() {
+		if b := tx.Bucket([]byte(name)); b != nil {
+			must(t, b.ForEach(func(k, v []byte) error {
+				account, u := layout.AccountOf(name, string(k), layout.Body(v))
+				if account == "" {
+					return nil
+				}
+				state.Accounts.Add(account, u)
+				if spare := layout.SpareAccount(account); spare != "" && !used[layout.Node(strings.TrimSuffix(name, "s")+":"+string(k))] {
+					state.Accounts.Add(spare, u)
+				}
+				return nil
+			}))
+		}
+	}
+	put(t, tx, layout.BucketMeta, layout.StateKey, state)
 }
 
 // logOf is a change log that begins with what the database holds.

@@ -80,20 +80,20 @@ func (j *Journal) finishIntents(ctx context.Context, found *Recovery) error {
 // gone. Nobody was told that it was done. What of it has its place already, and
 // no record, is swept; what is in staging goes with the rest of that.
 func (j *Journal) giveUp(ctx context.Context, id layout.IntentID, in layout.IntentRecord) error {
-	var nodes []layout.Node
+	nodes := map[layout.Node]layout.Usage{}
 	for _, m := range in.Blobs {
-		nodes = append(nodes, layout.BlobNode(m.Digest))
+		nodes[layout.BlobNode(m.Digest)] = layout.BlobUsage(m.Record)
 	}
 	for _, m := range in.Layers {
-		nodes = append(nodes, layout.LayerNode(m.ID))
+		nodes[layout.LayerNode(m.ID)] = layout.LayerUsage(m.Record)
 	}
 	return j.db.Update(ctx, func(tx *metadata.Tx) error {
-		for _, n := range nodes {
+		for n, usage := range nodes {
 			at := layout.NodePath(n)
 			if at == "" || tx.Exists(n) {
 				continue
 			}
-			if err := tx.Sweep(n, at); err != nil {
+			if err := tx.Sweep(n, at, usage); err != nil {
 				return err
 			}
 		}

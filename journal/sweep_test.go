@@ -18,7 +18,7 @@ func TestDrainOfAPoisonedStore(t *testing.T) {
 	s, err := teststore.Open(t.Context(), newStore(t))
 	must(t, err)
 	must(t, s.DB.Update(t.Context(), func(tx *metadata.Tx) error {
-		return tx.Sweep(layout.LayerNode("gone"), layout.LayerPath("gone"))
+		return tx.Sweep(layout.LayerNode("gone"), layout.LayerPath("gone"), layout.Usage{})
 	}))
 	s.Root.Poison(errors.New("the disk said no"))
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

@@ -82,6 +82,9 @@ func Invariants() []Invariant {
 		{"E2", Loss, Quick, "Both ends of an edge exist.", "make the lost record again, from the change log or from what refers to it; else drop the edge if the parent is gone; if the child is, as its own invariant says"},
 		{"E3", Damage, Normal, "The edges are those that the records and manifests call for: none of them is missing, and of a record's own there are no others.", "write the missing edge, drop the other"},
 		{"E4", Leak, Normal, "What is not a root has a reference.", "drop it, its files to the trash"},
+		{"E5", Damage, Normal, "The edges in uses are those whose parent is in use: it is an image, a container or an API's, or an edge in uses ends at it.", "write them again"},
+
+		{"A1", Damage, Normal, "The accounts in the state record are the sums of the records, and of those of blobs and layers that are not in use.", "add them up again"},
 
 		{"T1", Leak, Quick, "An entry in trash is named by a sweep, or the store is closed and opening it deletes the entry.", "delete it"},
 		{"T2", Damage, Quick, "A sweep names the path of what it is for, which no record names.", "drop the sweep"},

@@ -9,7 +9,7 @@ import (
 
 // FormatVersion is the number of the on-disk format that this code writes. A
 // store with a higher number is refused; one with a lower is migrated.
-const FormatVersion = 2
+const FormatVersion = 3
 
 // Buckets of the database. All are top-level; keys are text. The sequence of
 // each is the sum of its entries: see [EntrySum].
@@ -26,6 +26,8 @@ const (
 	BucketCacheByUse = "cachebyuse" // big-endian last use in ns + cache key → empty
 	BucketEdges      = "edges"      // child, kind, parent → empty
 	BucketEdgesBack  = "edgesback"  // parent, kind, child → empty
+	BucketUses       = "uses"       // those of edges whose parent is in use → empty
+	BucketMeasures   = "measures"   // path of a directory → [MeasureRecord]
 	BucketIntents    = "intents"    // IntentID → [IntentRecord]
 	BucketSweeps     = "sweeps"     // trash id → [SweepRecord]
 	BucketLogTail    = "logtail"    // number of a change, 16 hex digits → [ChangeRecord]
@@ -36,8 +38,14 @@ func Buckets() []string {
 	return []string{
 		BucketMeta, BucketBlobs, BucketLayers, BucketLayerKeys, BucketSnapshots,
 		BucketImages, BucketContainers, BucketLeases, BucketCache,
-		BucketCacheByUse, BucketEdges, BucketEdgesBack, BucketIntents, BucketSweeps, BucketLogTail,
+		BucketCacheByUse, BucketEdges, BucketEdgesBack, BucketUses, BucketMeasures,
+		BucketIntents, BucketSweeps, BucketLogTail,
 	}
+}
+
+// KeysOnly lists the buckets whose values are empty.
+func KeysOnly() []string {
+	return []string{BucketEdges, BucketEdgesBack, BucketUses, BucketCacheByUse}
 }
 
 // Keys of BucketMeta.
@@ -64,6 +72,8 @@ type MetaRecord struct {
 type StateRecord struct {
 	Commit uint64 `json:"commit"` // the number of that transaction
 	Change uint64 `json:"change"` // number of the last [ChangeRecord]
+	// Accounts are the records, added up.
+	Accounts Accounts `json:"accounts,omitempty"`
 }
 
 // BlobRecord stands for a blob that is durable at [BlobPath].
@@ -351,4 +361,7 @@ type SweepRecord struct {
 	Node    Node      `json:"node"`
 	Claimed bool      `json:"claimed"`
 	Created time.Time `json:"created"`
+	// What they take of the disk, as far as that was known.
+	Bytes  int64 `json:"bytes,omitempty"`
+	Inodes int64 `json:"inodes,omitempty"`
 }

@@ -43,13 +43,13 @@ func (r *rebuilder) adopt() error {
 		}
 	}
 	r.adoptImages(unknown)
-	for d := range unknown {
-		r.sweep(layout.BlobNode(d), layout.BlobPath(d))
+	for d, size := range unknown {
+		r.sweep(layout.BlobNode(d), layout.BlobPath(d), layout.BlobUsage(layout.BlobRecord{Size: size}))
 	}
 	return errors.Join(
 		r.each(layout.LayersDir, func(id string) {
 			if _, ok := r.records.layers[layout.LayerID(id)]; !ok {
-				r.sweep(layout.LayerNode(layout.LayerID(id)), layout.LayerPath(layout.LayerID(id)))
+				r.sweep(layout.LayerNode(layout.LayerID(id)), layout.LayerPath(layout.LayerID(id)), layout.Usage{})
 			}
 		}),
 		r.each(layout.ActiveDir, func(id string) {
@@ -82,8 +82,8 @@ func (r *rebuilder) each(dir string, fn func(name string)) error {
 	return nil
 }
 
-func (r *rebuilder) sweep(n layout.Node, path string) {
-	r.sweeps = append(r.sweeps, layout.SweepRecord{Path: path, Node: n, Created: r.report.When})
+func (r *rebuilder) sweep(n layout.Node, path string, usage layout.Usage) {
+	r.sweeps = append(r.sweeps, layout.SweepRecord{Path: path, Node: n, Created: r.report.When, Bytes: usage.Bytes, Inodes: usage.Inodes})
 }
 
 // maxDocument bounds what is taken for a manifest.

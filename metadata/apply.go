@@ -90,7 +90,7 @@ func (tx *Tx) applyLayers(moves []layout.LayerMove) (map[layout.LayerID]layout.L
 			other, _, err := tx.LayerByKey(key)
 			if err == nil && other != m.ID {
 				twins[m.ID] = other
-				if err := tx.Sweep(layout.LayerNode(m.ID), layout.LayerPath(m.ID)); err != nil {
+				if err := tx.Sweep(layout.LayerNode(m.ID), layout.LayerPath(m.ID), layout.LayerUsage(m.Record)); err != nil {
 					return nil, err
 				}
 				continue

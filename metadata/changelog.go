@@ -83,7 +83,11 @@ func (tx *Tx) lastChange() (uint64, error) {
 
 // mark writes the state record of a transaction that commits.
 func (tx *Tx) mark(change uint64) error {
-	return tx.states().Put(layout.StateKey, layout.StateRecord{Commit: uint64(tx.bolt.ID()), Change: change})
+	accounts, err := tx.Accounts()
+	if err != nil {
+		return err
+	}
+	return tx.states().Put(layout.StateKey, layout.StateRecord{Commit: uint64(tx.bolt.ID()), Change: change, Accounts: accounts})
 }
 
 // append writes a line whose commit is durable. What goes wrong with it is no

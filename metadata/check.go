@@ -95,8 +95,8 @@ func compareSums(buckets []bucketSum, format int) error {
 	if format == 0 {
 		return errors.New("it has no store record")
 	}
-	if format != layout.FormatVersion {
-		return nil // an older one has no sums; see [DB.migrate]
+	if format == formatWithoutSums || format > layout.FormatVersion {
+		return nil
 	}
 	there := map[string]bool{}
 	for _, b := range buckets {
@@ -106,15 +106,14 @@ func compareSums(buckets []bucketSum, format int) error {
 		}
 	}
 	for _, name := range layout.Buckets() {
-		if !there[name] {
+		if !there[name] && (format > formatWithoutAccounts || !slices.Contains(addedWithAccounts, name)) {
 			return fmt.Errorf("bucket %s is missing", name)
 		}
 	}
 	return nil
 }
 
-// keysOnly are the buckets whose values are empty.
-var keysOnly = []string{layout.BucketEdges, layout.BucketEdgesBack, layout.BucketCacheByUse}
+var keysOnly = layout.KeysOnly()
 
 // checkBucket adds a bucket's entries up, and compares values with their
 // checksums. It sets the format if it comes upon the store's record.

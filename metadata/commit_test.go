@@ -50,7 +50,7 @@ func TestGroupCommit(t *testing.T) {
 		t.Logf("%d commits for %d updates", n, callers*each)
 	}
 	view(t, db, func(tx *Tx) error {
-		if n := tx.Blobs().Len(); n != callers*each {
+		if n := length(tx.Blobs()); n != callers*each {
 			t.Errorf("%d records, want %d", n, callers*each)
 		}
 		return nil

@@ -1,6 +1,8 @@
 package metadata
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -11,6 +13,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"varve.dev/durable"
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 )
 
@@ -74,13 +77,33 @@ func openDB(t testing.TB, dir string) *DB {
 	must(t, err)
 	db.bolt.StrictMode = true
 	t.Cleanup(func() {
+		checkAccounts(t, db)
 		db.Close()
 		checkFile(t, filepath.Join(dir, layout.DatabaseFile))
 	})
 	return db
 }
 
+// length counts the records of a table.
+func length[K ~string, R any](t Table[K, R]) int { return t.bucket.Stats().KeyN }
+
 func newDB(t testing.TB) *DB { return openDB(t, t.TempDir()) }
+
+// checkAccounts compares the accounts and uses of a database that is open and
+// well with what they are counted anew.
+func checkAccounts(t testing.TB, db *DB) {
+	t.Helper()
+	undo := errors.New("undone")
+	err := db.Update(context.Background(), func(tx *Tx) error {
+		if err := tx.checkAccounts(); err != nil {
+			return err
+		}
+		return undo
+	})
+	if c := errdefs.AsCorrupt(err); c != nil && (c.Invariant == "A1" || c.Invariant == "E5") {
+		t.Error(err)
+	}
+}
 
 // checkFile has bbolt and the page check look at a closed database.
 func checkFile(t testing.TB, path string) {

@@ -31,7 +31,7 @@ func (tx *Tx) Unused(n layout.Node, path string) (bool, error) {
 	if err != nil || named {
 		return false, err
 	}
-	return true, tx.Sweep(n, path)
+	return true, tx.Sweep(n, path, layout.Usage{})
 }
 
 // LoggedRecords returns the records that the change log tells of, by bucket and

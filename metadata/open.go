@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -199,19 +200,25 @@ func fill(btx *bolt.Tx) error {
 func (db *DB) check() error {
 	return db.View(context.Background(), func(tx *Tx) error {
 		db.committed.Store(uint64(tx.bolt.ID()))
-		for _, name := range layout.Buckets() {
-			if tx.bolt.Bucket([]byte(name)) == nil {
-				return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: "bucket " + name + " is missing"}
-			}
+		missing := func(bucket string) error {
+			return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: "bucket " + bucket + " is missing"}
+		}
+		if tx.bolt.Bucket([]byte(layout.BucketMeta)) == nil {
+			return missing(layout.BucketMeta)
 		}
 		var err error
 		if db.meta, err = tx.metas().Get(layout.MetaKey); err != nil {
 			return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: err.Error()}
 		}
+		for _, name := range layout.Buckets() {
+			if tx.bolt.Bucket([]byte(name)) == nil && (db.meta.Format > formatWithoutAccounts || !slices.Contains(addedWithAccounts, name)) {
+				return missing(name)
+			}
+		}
 		switch db.meta.Format {
 		case formatWithoutSums:
 			return nil
-		case layout.FormatVersion:
+		case formatWithoutAccounts, layout.FormatVersion:
 			return tx.checkState()
 		}
 		return fmt.Errorf("store %s has format %d, this varve knows format %d: %w",
@@ -231,25 +238,62 @@ func (tx *Tx) checkState() error {
 	return nil
 }
 
-// formatWithoutSums is the one before layout.FormatVersion: the sequence of
-// its bucket meta is the number of the last change, the others have none.
-const formatWithoutSums = 1
+// The formats before layout.FormatVersion.
+const (
+	// The sequence of its bucket meta is the number of the last change, the
+	// others have none.
+	formatWithoutSums = 1
+	// It has neither accounts nor the buckets that came with them.
+	formatWithoutAccounts = 2
+)
 
-// migrate gives the buckets of such a store their sums.
+var addedWithAccounts = []string{layout.BucketUses, layout.BucketMeasures}
+
+// migrate makes the database of an older store one of this format.
 func (db *DB) migrate() error {
 	defer faulting()()
-	err := db.guard(func() error { return db.bolt.Update(db.addSums) })
+	was := db.meta.Format
+	err := db.guard(func() error { return db.bolt.Update(db.upgrade) })
 	if err != nil {
-		return fmt.Errorf("store %s, from format %d to %d: %w", db.root.Path("."), formatWithoutSums, layout.FormatVersion, db.commitFailed(err))
+		return fmt.Errorf("store %s, from format %d to %d: %w", db.root.Path("."), was, layout.FormatVersion, db.commitFailed(err))
 	}
 	return nil
 }
 
-func (db *DB) addSums(btx *bolt.Tx) error {
+func (db *DB) upgrade(btx *bolt.Tx) error {
 	tx := &Tx{bolt: btx}
 	last := btx.Bucket([]byte(layout.BucketMeta)).Sequence()
-	for _, name := range layout.Buckets() {
-		b, sum := btx.Bucket([]byte(name)), uint64(0)
+	if db.meta.Format == formatWithoutSums {
+		if err := addSums(btx); err != nil {
+			return err
+		}
+	} else {
+		var err error
+		if last, err = tx.lastChange(); err != nil {
+			return err
+		}
+	}
+	for _, name := range addedWithAccounts {
+		if _, err := btx.CreateBucketIfNotExists([]byte(name)); err != nil {
+			return err
+		}
+	}
+	if err := tx.Recount(); err != nil {
+		return err
+	}
+	meta := db.meta
+	meta.Format = layout.FormatVersion
+	if err := tx.metas().Put(layout.MetaKey, meta); err != nil {
+		return err
+	}
+	db.meta = meta
+	return tx.mark(last)
+}
+
+// addSums gives every bucket its sum.
+func addSums(btx *bolt.Tx) error {
+	return btx.ForEach(func(_ []byte, b *bolt.Bucket) error {
+		sum := uint64(0)
 		err := b.ForEach(func(k, v []byte) error {
 			sum += layout.EntrySum(k, v)
 			return nil
@@ -257,15 +301,8 @@ func (db *DB) addSums(btx *bolt.Tx) error {
 		if err == nil {
 			err = b.SetSequence(sum)
 		}
-		if err != nil {
-			return err
-		}
-	}
-	db.meta.Format = layout.FormatVersion
-	if err := tx.metas().Put(layout.MetaKey, db.meta); err != nil {
 		return err
-	}
-	return tx.mark(last)
+	})
 }
 
 // suspect leaves a note for the next opening if err is damage of the database,

@@ -22,7 +22,13 @@ func (tx *Tx) Link(e layout.Edge) error {
 	if err := put(tx.bolt.Bucket([]byte(layout.BucketEdges)), e.Key(), nil); err != nil {
 		return err
 	}
-	return put(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey(), nil)
+	if err := put(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey(), nil); err != nil {
+		return err
+	}
+	if !tx.inUse(e.Parent) {
+		return nil
+	}
+	return tx.use(e)
 }
 
 // Unlink takes an edge away, and then its child if nothing refers to it any
@@ -41,14 +47,15 @@ func (tx *Tx) cut(e layout.Edge) error {
 	if err := remove(tx.bolt.Bucket([]byte(layout.BucketEdges)), e.Key()); err != nil {
 		return err
 	}
-	return remove(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey())
+	if err := remove(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey()); err != nil {
+		return err
+	}
+	return tx.disuse(e)
 }
 
 // Referenced tells whether any edge ends at n.
 func (tx *Tx) Referenced(n layout.Node) bool {
-	prefix := layout.NodePrefix(n)
-	k, _ := tx.bolt.Bucket([]byte(layout.BucketEdges)).Cursor().Seek(prefix)
-	return k != nil && bytes.HasPrefix(k, prefix)
+	return hasPrefix(tx.bolt.Bucket([]byte(layout.BucketEdges)), layout.NodePrefix(n))
 }
 
 // Parents returns the edges that end at n.
@@ -137,7 +144,7 @@ func (tx *Tx) unmake(n layout.Node) error {
 	if kind != layout.KindContainer {
 		return nil
 	}
-	return tx.Sweep(n, layout.ContainerPath(layout.ContainerID(id)))
+	return tx.sweepMeasured(n, layout.ContainerPath(layout.ContainerID(id)))
 }
 
 // erase deletes the record of n and queues its files.
@@ -149,7 +156,7 @@ func (tx *Tx) erase(n layout.Node) error {
 	case layout.KindLayer:
 		return tx.eraseLayer(layout.LayerID(id))
 	case layout.KindActive:
-		return tx.Sweep(n, layout.ActivePath(layout.LayerID(id)))
+		return tx.sweepMeasured(n, layout.ActivePath(layout.LayerID(id)))
 	case layout.KindSnapshot:
 		return tx.Snapshots().Delete(layout.SnapshotKey(id))
 	case layout.KindImage:
@@ -169,13 +176,17 @@ func (tx *Tx) erase(n layout.Node) error {
 }
 
 func (tx *Tx) eraseBlob(d layout.BlobDigest) error {
-	if !tx.Blobs().Has(d) {
+	rec, err := tx.Blobs().Get(d)
+	if errors.Is(err, errdefs.ErrNotFound) {
 		return nil
+	}
+	if err != nil {
+		return err
 	}
 	if err := tx.Blobs().Delete(d); err != nil {
 		return err
 	}
-	return tx.Sweep(layout.BlobNode(d), layout.BlobPath(d))
+	return tx.Sweep(layout.BlobNode(d), layout.BlobPath(d), layout.BlobUsage(rec))
 }
 
 func (tx *Tx) eraseLayer(id layout.LayerID) error {
@@ -192,7 +203,7 @@ func (tx *Tx) eraseLayer(id layout.LayerID) error {
 	if err := tx.Layers().Delete(id); err != nil {
 		return err
 	}
-	return tx.Sweep(layout.LayerNode(id), layout.LayerPath(id))
+	return tx.Sweep(layout.LayerNode(id), layout.LayerPath(id), layout.LayerUsage(rec))
 }
 
 func (tx *Tx) eraseContainer(id layout.ContainerID) error {
@@ -202,12 +213,27 @@ func (tx *Tx) eraseContainer(id layout.ContainerID) error {
 	if err := tx.Containers().Delete(id); err != nil {
 		return err
 	}
-	return tx.Sweep(layout.ContainerNode(id), layout.ContainerPath(id))
+	return tx.sweepMeasured(layout.ContainerNode(id), layout.ContainerPath(id))
 }
 
-// Sweep queues the files at path for the trash.
-func (tx *Tx) Sweep(n layout.Node, path string) error {
-	return tx.Sweeps().Put(layout.NewID(), layout.SweepRecord{Path: path, Node: n, Created: time.Now().UTC()})
+// Sweep queues the files at path for the trash. usage is what they take of the
+// disk, as far as that is known.
+func (tx *Tx) Sweep(n layout.Node, path string, usage layout.Usage) error {
+	return tx.Sweeps().Put(layout.NewID(), layout.SweepRecord{
+		Path: path, Node: n, Created: time.Now().UTC(), Bytes: usage.Bytes, Inodes: usage.Inodes,
+	})
+}
+
+// sweepMeasured queues a directory for the trash that may have been measured.
+func (tx *Tx) sweepMeasured(n layout.Node, path string) error {
+	rec, err := tx.Measures().Get(path)
+	if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+		return err
+	}
+	if err := tx.Measures().Delete(path); err != nil {
+		return err
+	}
+	return tx.Sweep(n, path, layout.Usage{Bytes: rec.Bytes, Inodes: rec.Inodes})
 }
 
 // Exists tells whether n has a record. The directory of a writable layer

@@ -156,10 +156,10 @@ func TestLeaseOfAContainer(t *testing.T) {
 func checkChain(t *testing.T, db *DB, kept, n int) {
 	t.Helper()
 	view(t, db, func(tx *Tx) error {
-		if a, b, c := tx.Snapshots().Len(), tx.Layers().Len(), tx.Blobs().Len(); a != kept || b != kept || c != kept {
+		if a, b, c := length(tx.Snapshots()), length(tx.Layers()), length(tx.Blobs()); a != kept || b != kept || c != kept {
 			t.Errorf("%d snapshots, %d layers, %d blobs, want %d of each", a, b, c, kept)
 		}
-		if a := tx.layerKeys().Len(); a != kept {
+		if a := length(tx.layerKeys()); a != kept {
 			t.Errorf("%d layer keys, want %d", a, kept)
 		}
 		paths := map[string]bool{}
@@ -195,7 +195,7 @@ func TestUnlinkKeepsWhatAnotherHolds(t *testing.T) {
 			if got := tx.Exists(blob); got != (i == 0) {
 				t.Errorf("after %s: exists %v", name, got)
 			}
-			if got := tx.Sweeps().Len(); got != i {
+			if got := length(tx.Sweeps()); got != i {
 				t.Errorf("after %s: %d sweeps", name, got)
 			}
 			return nil
@@ -217,8 +217,8 @@ func TestCacheByUse(t *testing.T) {
 				keys = append(keys, key)
 				return true
 			})
-			if n := tx.bolt.Bucket([]byte(layout.BucketCacheByUse)).Stats().KeyN; n != tx.Cache().Len() {
-				t.Errorf("%d places for %d records", n, tx.Cache().Len())
+			if n := tx.bolt.Bucket([]byte(layout.BucketCacheByUse)).Stats().KeyN; n != length(tx.Cache()) {
+				t.Errorf("%d places for %d records", n, length(tx.Cache()))
 			}
 			return nil
 		})
@@ -288,8 +288,8 @@ func TestApplyTwiceAndTwins(t *testing.T) {
 	view(t, db, func(tx *Tx) error {
 		id, _, err := tx.LayerByKey(layout.DiffKey("sha256:d"))
 		must(t, err)
-		if id != layerID(1) || tx.Layers().Len() != 1 || tx.Blobs().Len() != 2 || !tx.Intents().Empty() {
-			t.Errorf("layer %s of %d, %d blobs", id, tx.Layers().Len(), tx.Blobs().Len())
+		if id != layerID(1) || length(tx.Layers()) != 1 || length(tx.Blobs()) != 2 || !tx.Intents().Empty() {
+			t.Errorf("layer %s of %d, %d blobs", id, length(tx.Layers()), length(tx.Blobs()))
 		}
 		var swept []string
 		must(t, tx.Sweeps().Each("", func(_ string, s layout.SweepRecord) error {

@@ -16,6 +16,9 @@ import (
 type Tx struct {
 	bolt    *bolt.Tx
 	changes *[]layout.Change // for the log; nil in a view
+	// accounts are those of the state record, with what this transaction has
+	// changed; nil until they are asked for.
+	accounts layout.Accounts
 }
 
 // Table gives typed access to one bucket. R is a record of package layout.
@@ -65,6 +68,11 @@ func (tx *Tx) Sweeps() Table[string, layout.SweepRecord] {
 
 func (tx *Tx) layerKeys() Table[string, layout.LayerIDs] {
 	return table[string, layout.LayerIDs](tx, layout.BucketLayerKeys)
+}
+
+// Measures are what directories took of the disk when somebody looked.
+func (tx *Tx) Measures() Table[string, layout.MeasureRecord] {
+	return table[string, layout.MeasureRecord](tx, layout.BucketMeasures)
 }
 
 func (tx *Tx) metas() Table[string, layout.MetaRecord] {
@@ -118,6 +126,9 @@ func (t Table[K, R]) Put(key K, rec R) error {
 	if err != nil {
 		return err
 	}
+	if err := t.tx.account(t.name, string(key), t.bucket.Get([]byte(key)), value); err != nil {
+		return err
+	}
 	t.tx.note(t.name, string(key), layout.Body(value))
 	return put(t.bucket, []byte(key), value)
 }
@@ -125,6 +136,9 @@ func (t Table[K, R]) Put(key K, rec R) error {
 // Delete takes the record under key away; one that is not there is no error.
 // Its edges are the caller's: see [Tx.Drop] for a record with all it holds.
 func (t Table[K, R]) Delete(key K) error {
+	if err := t.tx.account(t.name, string(key), t.bucket.Get([]byte(key)), nil); err != nil {
+		return err
+	}
 	t.tx.note(t.name, string(key), nil)
 	return remove(t.bucket, []byte(key))
 }
@@ -239,6 +253,3 @@ func (t Table[K, R]) Empty() bool {
 	k, _ := t.bucket.Cursor().First()
 	return k == nil
 }
-
-// Len returns the number of records. Its cost grows with them.
-func (t Table[K, R]) Len() int { return t.bucket.Stats().KeyN }

@@ -99,11 +99,11 @@ const (
 	blobsFirst
 	treesNext
 	recordsLast
-	logAfterRecords // it is written from them
+	afterRecords // what is written or added up from them
 )
 
 // orders of the repairs of records, where they are not recordsLast.
-var orders = map[string]int{"E2": lostRecords, "M4": logAfterRecords}
+var orders = map[string]int{"E2": lostRecords, "E5": afterRecords, "A1": afterRecords, "M4": afterRecords}
 
 // Plan makes the plan for what a check has found. It changes nothing; the plan
 // is for this store and this moment.

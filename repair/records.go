@@ -50,6 +50,8 @@ var recordRepairs = map[string]func(context.Context, *work, fsck.Finding, *Outco
 		defer w.Journal.Kick()
 		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.Collect(layout.Node(n)) })
 	},
+	"E5": recount,
+	"A1": recount,
 	"T2": func(ctx context.Context, w *work, f fsck.Finding, _ *Outcome) error {
 		_, id, _ := strings.Cut(f.Object, " ")
 		return w.DB.Update(ctx, func(tx *metadata.Tx) error { return tx.Sweeps().Delete(id) })
@@ -79,6 +81,11 @@ var leftToUsers = []string{"S1", "S2", "S4", "I1", "I2", "I3", "G2", "C1", "C2",
 
 // blobPerm is the mode of a blob.
 const blobPerm = 0o444
+
+// recount makes the uses and accounts anew.
+func recount(ctx context.Context, w *work, _ fsck.Finding, _ *Outcome) error {
+	return w.DB.Update(ctx, (*metadata.Tx).Recount)
+}
 
 // rewriteLog writes the log from the database, and keeps what it was: it may be
 // the database that is wrong.

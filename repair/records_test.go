@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	bolt "go.etcd.io/bbolt"
 
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
@@ -127,6 +128,43 @@ func TestRecordsHeal(t *testing.T) {
 				t.Errorf("%v: exit code %d\n%s", err, r.ExitCode, r.Text)
 			}
 		})
+	}
+	if err := e.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	h.whole(t, varve.FsckReport{})
+}
+
+// TestBooksHeal makes what the records add up to wrong, in an open store, as
+// only a bug or a stranger can.
+func TestBooksHeal(t *testing.T) {
+	h := newHost(t)
+	ctx := t.Context()
+	var db *metadata.DB
+	e, err := daemon.Open(ctx, daemon.Options{Root: h.root, State: h.state, Opened: func(_ *durable.Root, opened *metadata.DB) { db = opened }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.ForCheck().Update(func(tx *bolt.Tx) error {
+		uses, meta := tx.Bucket([]byte(layout.BucketUses)), tx.Bucket([]byte(layout.BucketMeta))
+		first, _ := uses.Cursor().First()
+		sum := uses.Sequence() - layout.EntrySum(first, nil)
+		var state layout.StateRecord
+		old := meta.Get([]byte(layout.StateKey))
+		err := errors.Join(uses.Delete(first), uses.SetSequence(sum), layout.Decode(layout.BucketMeta, layout.StateKey, old, &state))
+		sum = meta.Sequence() - layout.EntrySum([]byte(layout.StateKey), old)
+		state.Commit = uint64(tx.ID())
+		state.Accounts.Add(layout.AccountBlobs, layout.Usage{Bytes: 4096})
+		value, eerr := layout.Encode(layout.StateKey, state)
+		sum += layout.EntrySum([]byte(layout.StateKey), value)
+		return errors.Join(err, eerr, meta.Put([]byte(layout.StateKey), value), meta.SetSequence(sum))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, err := e.Fsck(ctx, varve.FsckRequest{Level: string(layout.Normal), Repair: true}, nil)
+	if err != nil || found.ExitCode != 0 || !strings.Contains(found.Text, "A1") || !strings.Contains(found.Text, "E5") {
+		t.Errorf("%v: exit code %d\n%s", err, found.ExitCode, found.Text)
 	}
 	if err := e.Close(context.Background()); err != nil {
 		t.Error(err)

@@ -14,8 +14,7 @@ type Backend interface {
 	Builder
 	Containers
 
-	// Root is the store's directory. It costs nothing, whatever the store
-	// holds; Info counts.
+	// Root is the store's directory.
 	Root(ctx context.Context) (string, error)
 	Info(ctx context.Context) (Info, error)
 	// Fsck checks the store while it is in use, and repairs it if asked to.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	bolt "go.etcd.io/bbolt"
 )
 
 // References, which stand in the database twice.
@@ -50,6 +52,24 @@ var edgeKinds = []Kind{
 		s.must(needless(more), more.object(), "")
 		return s.commit(more.put()...)
 	})},
+	{"wrong use", "what an image or a container needs is not booked as that, or what nobody needs is", func(s *store) error {
+		s.must("E5", "uses", "")
+		if s.coin() {
+			keys, err := s.keys("uses")
+			if err != nil {
+				return err
+			}
+			key, err := pickOne(s, "use", keys)
+			if err != nil {
+				return err
+			}
+			s.did("%s deleted", recordObject("uses", key))
+			return s.update(deleting("uses", key))
+		}
+		e := edge{"image:nobody:" + s.hex(4), "target", "blob:sha256:" + s.hex(64)}
+		s.did("%s is booked", e.object())
+		return s.update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("uses")).Put([]byte(e.key()), nil) })
+	}},
 	{"edge of no kind", "an edge is of a relation, or between things, that the format does not know", eachEdge(func(edge) bool { return true }, func(s *store, e edge) error {
 		bad := []edge{{e.parent, "likes", e.child}, {"thing:1", e.rel, e.child}, {e.parent, e.rel, "blob:"}, {e.parent, e.rel, "blob"}}[s.IntN(4)]
 		s.did("%s is there", bad.object())

@@ -109,6 +109,23 @@ var recordKinds = []Kind{
 			return errors.Join(b.Delete([]byte(use)), b.Put([]byte("\x00\x00\x00\x00\x00\x00\x00\x01"+use[8:]), nil))
 		})
 	}},
+	{"wrong account", "what the records add up to is another number", func(s *store) error {
+		s.must("A1", "accounts", "")
+		return s.sealed(func(tx *bolt.Tx) error {
+			st, err := readState(tx)
+			if err != nil {
+				return err
+			}
+			name, err := pickOne(s, "account", sorted(st.Accounts))
+			if err != nil {
+				return err
+			}
+			field := []string{"count", "bytes", "inodes"}[s.IntN(3)]
+			s.did("account %s: %s is wrong", name, field)
+			st.Accounts[name][field] += 1 + s.Int64N(100_000)
+			return writeState(tx, st)
+		})
+	}},
 	{"lost entry", "a bucket lost an entry, and its sum tells", func(s *store) error {
 		bucket := []string{"leases", "sweeps", "cachebyuse", "blobs", "edges", "edgesback"}[s.IntN(6)]
 		keys, err := s.keys(bucket)
@@ -132,7 +149,7 @@ var recordKinds = []Kind{
 		return s.update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("store")) })
 	}},
 	{"lost bucket", "a bucket is gone", func(s *store) error {
-		bucket := []string{"leases", "intents", "sweeps", "logtail", "cachebyuse", "edgesback", "containers"}[s.IntN(7)]
+		bucket := []string{"leases", "intents", "sweeps", "logtail", "cachebyuse", "edgesback", "containers", "uses", "measures"}[s.IntN(9)]
 		s.did("bucket %s deleted", bucket)
 		s.must("M2", theDatabase, databaseFile)
 		s.may(Finding{}) // whatever was in it is missing

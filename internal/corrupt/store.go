@@ -69,6 +69,9 @@ func (s *store) sealed(f func(*bolt.Tx) error) error {
 }
 
 func (s *store) transaction(f func(*bolt.Tx) error) error {
+	// What is booked of records and edges is left as it was.
+	s.may(Finding{Invariant: "A1"})
+	s.may(Finding{Invariant: "E5"})
 	db, err := bolt.Open(s.path(databaseFile), 0o600, nil)
 	if err != nil {
 		return err
@@ -78,8 +81,9 @@ func (s *store) transaction(f func(*bolt.Tx) error) error {
 
 // state is how far a database has got.
 type state struct {
-	Commit uint64 `json:"commit"`
-	Change uint64 `json:"change"`
+	Commit   uint64                      `json:"commit"`
+	Change   uint64                      `json:"change"`
+	Accounts map[string]map[string]int64 `json:"accounts,omitempty"`
 }
 
 const stateKey = "state"
