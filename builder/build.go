@@ -31,6 +31,18 @@ type Config struct {
 	Snaps   *snapshotter.Snapshotter
 	Shim    func() (string, error) // path of the shim, asked for when a step runs
 	Scratch string                 // directory for what lives as long as a step
+	Space   Space
+}
+
+// Space keeps the build cache within its limits. Package gc has one.
+type Space interface {
+	// UseMount keeps a cache mount, which need not be there yet, until end is
+	// called.
+	UseMount(ctx context.Context, key string) (end func(), err error)
+	// TrimCache makes room for what was stored in the cache.
+	TrimCache(ctx context.Context) error
+	// Kick says that something was let go of.
+	Kick()
 }
 
 // Images are the base images of a build.
@@ -149,6 +161,7 @@ func (b *Builder) begin(ctx context.Context, req Request, platform ocispec.Platf
 func (s *session) end() {
 	_ = s.lease.Release(context.Background())
 	s.b.Journal.Kick()
+	s.b.Space.Kick()
 }
 
 func platformOf(s string) (ocispec.Platform, error) {

@@ -36,7 +36,8 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 		}
 		k.add(begin, relative(m.Selector))
 	}
-	rel := layout.CacheMountPath(k.sum())
+	key := k.sum()
+	rel := layout.CacheMountPath(key)
 	dir := e.s.b.Root.Path(rel)
 	switch m.CacheOpt.GetSharing() {
 	case pb.CacheSharingOpt_LOCKED:
@@ -64,6 +65,11 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 		rel = ""
 	}
 	if rel != "" {
+		end, err := e.s.b.Space.UseMount(ctx, key)
+		if err != nil {
+			return err
+		}
+		e.unlock = append(e.unlock, end)
 		if err := e.beginCache(ctx, rel, on, m); err != nil {
 			return err
 		}

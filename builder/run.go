@@ -26,6 +26,7 @@ type step struct {
 	key     string // definition key
 	content string // content key, or ""
 	inputs  []layout.SnapshotKey
+	began   time.Time
 }
 
 // prepare makes a writable snapshot on an input. It goes with the build's
@@ -63,6 +64,8 @@ func (t *step) commit(ctx context.Context, actives []layout.SnapshotKey) (output
 			return outputs{}, err
 		}
 	}
+	// A cache that does not get smaller is no failure of the step.
+	_ = t.s.b.Space.TrimCache(ctx)
 	return out, nil
 }
 
@@ -70,7 +73,7 @@ func (t *step) commit(ctx context.Context, actives []layout.SnapshotKey) (output
 func (t *step) records(out outputs) []layout.CacheMake {
 	now := time.Now().UTC()
 	makes := []layout.CacheMake{{Key: out.key, Record: layout.CacheRecord{
-		Snapshots: out.snapshots, Created: now, LastUse: now, Description: t.v.name(),
+		Snapshots: out.snapshots, Created: now, LastUse: now, Took: now.Sub(t.began), Description: t.v.name(),
 	}}}
 	if out.key != t.key {
 		makes = append(makes, layout.CacheMake{Key: t.key, Record: layout.CacheRecord{

@@ -295,7 +295,7 @@ func (s *session) run(ctx context.Context, v *vertex, key, content string, input
 	for i, in := range inputs {
 		snaps[i] = in.snapshots[v.inputs[i].output]
 	}
-	step := &step{s: s, v: v, key: key, content: content, inputs: snaps}
+	step := &step{s: s, v: v, key: key, content: content, inputs: snaps, began: time.Now()}
 	var out outputs
 	var err error
 	switch op := v.op.Op.(type) {

@@ -1,6 +1,7 @@
 package content
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -16,6 +17,7 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/budget"
 	"varve.dev/layout"
 )
 
@@ -29,6 +31,10 @@ type Ingest struct {
 	size  int64         // of a sealed one
 	hash  hash.Hash
 	last  time.Time // of the last write
+	// ctx is that of the operation which writes: io.Writer has no place for
+	// it.
+	ctx   context.Context
+	space *budget.Claim
 }
 
 // blobPerm is the mode of a blob: nobody writes to it again (B5).
@@ -75,7 +81,7 @@ func (s *Store) begin(ctx context.Context, id layout.IngestID, rec layout.Ingest
 }
 
 func (s *Store) openIngest(ctx context.Context, id layout.IngestID, want layout.IngestRecord) (*Ingest, error) {
-	in := &Ingest{store: s, id: id, info: want, hash: sha256.New(), last: want.Started}
+	in := &Ingest{store: s, id: id, info: want, hash: sha256.New(), last: want.Started, ctx: ctx, space: s.space.Claim("blob " + cmp.Or(string(want.Expected), want.Ref))}
 	old, err := s.readInfo(id)
 	fresh := err != nil || old.Ref != want.Ref || (want.Expected != "" && old.Expected != "" && old.Expected != want.Expected)
 	if fresh {
@@ -85,7 +91,11 @@ func (s *Store) openIngest(ctx context.Context, id layout.IngestID, want layout.
 	} else {
 		err = in.takeUp(ctx, old)
 	}
+	if err == nil {
+		err = in.space.Write(ctx, ingestOverhead+layout.OnDisk(in.Size()))
+	}
 	if err != nil {
+		in.space.Release()
 		if in.file != nil {
 			in.file.Close()
 		}
@@ -185,6 +195,9 @@ func (in *Ingest) Write(p []byte) (int, error) {
 	if in.file == nil {
 		return 0, fmt.Errorf("ingest %q is sealed: %w", in.info.Ref, errdefs.ErrFailedPrecondition)
 	}
+	if err := in.space.Write(in.ctx, int64(len(p))); err != nil {
+		return 0, fmt.Errorf("ingest %q: %w", in.info.Ref, err)
+	}
 	n, err := in.file.Write(p)
 	in.hash.Write(p[:n])
 	in.last = time.Now().UTC()
@@ -200,9 +213,11 @@ func (in *Ingest) ReadAt(p []byte, off int64) (int, error) { return in.file.Read
 
 // Truncate cuts the ingest to size bytes.
 func (in *Ingest) Truncate(ctx context.Context, size int64) error {
+	gone := in.file.Size() - size
 	if err := in.file.Truncate(size); err != nil {
 		return err
 	}
+	in.space.Unwrite(gone)
 	return in.rehash(ctx)
 }
 
@@ -261,6 +276,7 @@ func (in *Ingest) Close() error {
 		err = errors.Join(in.file.SetModTime(in.last), in.file.Close())
 	}
 	in.store.unlock(in.id)
+	in.space.Release() // what is left of it counts from here on by itself
 	in.store = nil
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"sync"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/budget"
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -28,9 +30,11 @@ type Store struct {
 	root    *durable.Root
 	db      *metadata.DB
 	journal *journal.Journal
+	space   *budget.Budget
 
 	mu   sync.Mutex               // guards the rest; never held during I/O
 	open map[layout.IngestID]bool // ingests with a writer
+	left leftovers
 	unsynced
 }
 
@@ -38,7 +42,82 @@ var _ ccontent.Store = (*Store)(nil)
 
 // New returns the blobs of the store that root, db and j belong to.
 func New(root *durable.Root, db *metadata.DB, j *journal.Journal) *Store {
-	return &Store{root: root, db: db, journal: j, open: map[layout.IngestID]bool{}}
+	return &Store{root: root, db: db, journal: j, open: map[layout.IngestID]bool{}, left: leftovers{bytes: map[layout.IngestID]int64{}}}
+}
+
+// Within makes every ingest take its bytes from a budget. To be called before
+// the store is used.
+func (s *Store) Within(space *budget.Budget) { s.space = space }
+
+// leftovers are the bytes of ingests that nobody has open.
+type leftovers struct {
+	known sync.Once // the earlier processes' are in it
+	bytes map[layout.IngestID]int64
+	sum   int64
+}
+
+func (l *leftovers) set(id layout.IngestID, bytes int64) {
+	l.sum += bytes - l.bytes[id]
+	if bytes == 0 {
+		delete(l.bytes, id)
+	} else {
+		l.bytes[id] = bytes
+	}
+}
+
+// takes is what an ingest takes of the disk, 0 if it is not there.
+func (s *Store) takes(id layout.IngestID) (bytes int64) {
+	if _, err := os.Lstat(s.root.Path(layout.IngestPath(id))); err != nil {
+		return 0
+	}
+	if fi, err := os.Lstat(s.root.Path(path.Join(layout.IngestPath(id), layout.IngestData))); err == nil {
+		bytes = layout.OnDisk(fi.Size())
+	}
+	return bytes + ingestOverhead
+}
+
+// ingestOverhead is the directory of an ingest and its description.
+const ingestOverhead = 2 * layout.DirSize
+
+// Unfinished returns the bytes of ingests that nobody has open: of downloads
+// that were cut off.
+func (s *Store) Unfinished() (bytes int64) {
+	s.left.known.Do(func() {
+		entries, _ := os.ReadDir(s.root.Path(layout.IngestDir)) // what is not there takes nothing
+		for _, e := range entries {
+			id := layout.IngestID(e.Name())
+			bytes := s.takes(id)
+			s.mu.Lock()
+			if !s.open[id] {
+				s.left.set(id, bytes)
+			}
+			s.mu.Unlock()
+		}
+	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.left.sum
+}
+
+// DropUnfinished throws away the ingests that nobody has open and that nobody
+// has written to since. It returns their bytes.
+func (s *Store) DropUnfinished(ctx context.Context, since time.Time) (bytes int64, err error) {
+	list, err := s.ListStatuses(ctx)
+	if err != nil {
+		return 0, err
+	}
+	for _, st := range list {
+		if !st.UpdatedAt.Before(since) {
+			continue
+		}
+		switch aerr := s.Abort(ctx, st.Ref); {
+		case aerr == nil:
+			bytes += layout.OnDisk(st.Offset)
+		case !errors.Is(aerr, errdefs.ErrNotFound) && !errors.Is(aerr, errdefs.ErrUnavailable): // done, or open again
+			err = errors.Join(err, aerr)
+		}
+	}
+	return bytes, err
 }
 
 func (s *Store) lock(id layout.IngestID) bool {
@@ -48,13 +127,16 @@ func (s *Store) lock(id layout.IngestID) bool {
 		return false
 	}
 	s.open[id] = true
+	s.left.set(id, 0)
 	return true
 }
 
 func (s *Store) unlock(id layout.IngestID) {
+	bytes := s.takes(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.open, id)
+	s.left.set(id, bytes)
 }
 
 // Info returns what is recorded of a blob. Errors: ErrNotFound.

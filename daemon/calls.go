@@ -91,6 +91,21 @@ func (k *Keeper) Discard(ctx context.Context, ids []string) error {
 	return do(ctx, k, func(ctx context.Context, e *Engine) error { return e.Discard(ctx, ids) })
 }
 
+// DiskUsage implements varve.Space.
+func (k *Keeper) DiskUsage(ctx context.Context, req varve.DiskUsageRequest) (varve.DiskUsage, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.DiskUsage, error) { return e.DiskUsage(ctx, req) })
+}
+
+// Collect implements varve.Space.
+func (k *Keeper) Collect(ctx context.Context, req varve.CollectRequest) (varve.Collected, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.Collected, error) { return e.Collect(ctx, req) })
+}
+
+// Prune implements varve.Space.
+func (k *Keeper) Prune(ctx context.Context, req varve.PruneRequest, progress func(varve.Event)) (varve.Pruned, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.Pruned, error) { return e.Prune(ctx, req, progress) })
+}
+
 // Pull implements varve.Images.
 func (k *Keeper) Pull(ctx context.Context, req varve.PullRequest, progress func(varve.Event)) (varve.ImageSummary, error) {
 	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.ImageSummary, error) { return e.Pull(ctx, req, progress) })

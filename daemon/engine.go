@@ -17,6 +17,7 @@ import (
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/fsck"
+	"varve.dev/gc"
 	"varve.dev/image"
 	"varve.dev/internal/version"
 	"varve.dev/journal"
@@ -36,6 +37,8 @@ type Options struct {
 	// Look has the closed store looked at before it is opened, which may
 	// make good what [Engine.Fsck] is to tell of.
 	Look bool
+	// Limits are what the store may take.
+	Limits gc.Limits
 	// Scrub is what a [Keeper] checks by itself.
 	Scrub Scrub
 	// Opened is told of the store's parts when it is open. For tests that
@@ -56,6 +59,7 @@ type Engine struct {
 	containers *containers.Store
 	builder    *builder.Builder
 	repairer   *repair.Repairer
+	collector  *gc.Collector
 	scratch    *scratch
 	found      journal.Recovery
 	looked     *fsck.Report // before the opening; nil without Options.Look
@@ -86,6 +90,9 @@ func Open(ctx context.Context, options Options) (*Engine, error) {
 }
 
 func (e *Engine) open(ctx context.Context) (err error) {
+	if err = e.options.Limits.Check(); err != nil {
+		return err
+	}
 	if err = journal.Create(e.root); err != nil {
 		return err
 	}
@@ -97,10 +104,15 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	}
 	e.blobs = content.New(e.root, e.db, e.journal)
 	e.snaps = snapshotter.New(e.root, e.db, e.journal, e.blobs)
+	e.collector = gc.New(gc.Config{
+		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Limits: e.options.Limits, Background: !e.options.Embedded,
+	})
+	e.blobs.Within(e.collector.Space())
+	e.snaps.Within(e.collector.Space())
 	e.containers = containers.New(e.root, e.db, e.journal, e.snaps)
 	e.images = image.New(image.Config{
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs,
-		Unpacker: unpacker{e.snaps}, Remotes: image.NewRemotes(image.RemoteOptions{Credentials: image.DockerCredentials("")}),
+		Unpacker: unpacker{e.snaps}, Space: e.collector.Space(), Remotes: image.NewRemotes(image.RemoteOptions{Credentials: image.DockerCredentials("")}),
 	})
 	e.repairer = repair.New(repair.Config{Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps})
 	if e.scratch, err = newScratch(e.options.State); err != nil {
@@ -111,6 +123,7 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	}
 	e.builder = builder.New(builder.Config{
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch.dir,
+		Space: e.collector,
 	})
 	return nil
 }
@@ -122,9 +135,19 @@ func (u unpacker) Begin(ctx context.Context, lease *metadata.Lease, chain []layo
 	return u.snaps.Begin(ctx, lease, chain, barrier)
 }
 
+// embeddedDrain is how long a command that has the store open by itself deletes
+// before it ends. The next one goes on; `varve gc` does until all is gone.
+const embeddedDrain = time.Second
+
 // Close deletes what was removed, as long as ctx allows, and closes the store.
 // The next owner goes on where it was cut off.
 func (e *Engine) Close(ctx context.Context) error {
+	if e.options.Embedded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, embeddedDrain)
+		defer cancel()
+		defer e.journal.Hurry()()
+	}
 	if err := e.journal.Drain(ctx); err != nil && ctx.Err() == nil {
 		return errors.Join(err, e.closeParts())
 	}
@@ -136,6 +159,9 @@ func (e *Engine) closeParts() error {
 	var all []error
 	if e.scratch != nil {
 		all = append(all, e.scratch.Close())
+	}
+	if e.collector != nil {
+		e.collector.Close()
 	}
 	if e.journal != nil {
 		all = append(all, e.journal.Close())

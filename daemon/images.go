@@ -207,8 +207,8 @@ func (e *Engine) Remove(ctx context.Context, req varve.RemoveRequest) (varve.Rem
 	for _, n := range removed.Untagged {
 		out.Untagged = append(out.Untagged, familiar(n))
 	}
-	if removed.Deleted != "" {
-		out.Deleted = []string{removed.Deleted}
+	for _, d := range removed.Targets {
+		out.Deleted = append(out.Deleted, d.String())
 	}
 	return out, nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"varve.dev/api/varve"
 	"varve.dev/errdefs"
+	"varve.dev/gc"
 	"varve.dev/metadata"
 )
 
@@ -22,8 +23,10 @@ type Place struct {
 	// Host is the socket of a daemon to use, "unix:///path"; empty: the
 	// daemon's usual one if it serves Root, otherwise embedded.
 	Host string
-	// Look: see Options.
-	Look bool
+	// Look and Limits: see Options. A store that somebody else has open keeps
+	// to theirs.
+	Look   bool
+	Limits gc.Limits
 }
 
 // DaemonSocket is the name of a daemon's socket under State.
@@ -121,7 +124,7 @@ func tryJoin(ctx context.Context, socket, root string) *Joined {
 
 // openEmbedded opens the store in this process and serves it.
 func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
-	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true, Look: p.Look}, nil)
+	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true, Look: p.Look, Limits: p.Limits}, nil)
 	if err != nil {
 		return nil, err
 	}

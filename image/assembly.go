@@ -13,6 +13,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/budget"
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -27,6 +28,7 @@ type assembly struct {
 	lease   *metadata.Lease
 	endTurn func()
 	barrier *durable.Barrier
+	space   *budget.Claim // set aside for what is to come
 	found   map[digest.Digest]bool            // blobs in the store, held by the lease
 	fresh   map[digest.Digest]*content.Ingest // whole and verified
 	order   []digest.Digest                   // of fresh
@@ -53,7 +55,7 @@ func (s *Store) assemble(ctx context.Context, purpose, origin string, blobs []di
 		return nil, fmt.Errorf("%s: %w", purpose, err)
 	}
 	a := &assembly{
-		store: s, purpose: purpose, origin: origin, endTurn: end, lease: s.db.NewLease(purpose),
+		store: s, purpose: purpose, origin: origin, endTurn: end, lease: s.db.NewLease(purpose), space: s.space.Claim(purpose),
 		barrier: s.root.NewBarrier(), found: map[digest.Digest]bool{}, fresh: map[digest.Digest]*content.Ingest{},
 	}
 	if len(blobs) > 0 {
@@ -233,6 +235,7 @@ func (a *assembly) letGo(err error) error {
 	for _, u := range a.unpackings {
 		u.work.Abandon()
 	}
+	a.space.Release()
 	_ = a.lease.Release(context.Background())
 	a.store.journal.Kick()
 	a.endTurn()

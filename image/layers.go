@@ -7,12 +7,14 @@ import (
 	"io"
 	"sync"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
 	"varve.dev/content"
 	"varve.dev/errdefs"
+	"varve.dev/internal/budget"
 	"varve.dev/layer"
 	"varve.dev/layout"
 )
@@ -44,6 +46,20 @@ func plan(p *picked, missing []bool, have func(digest.Digest) bool) (jobs []*job
 		}
 	}
 	return jobs, exist
+}
+
+// leastSpace is what the jobs will take of the disk at least: what is compressed
+// takes no less when it is unpacked.
+func leastSpace(jobs []*job) (bytes int64) {
+	for _, j := range jobs {
+		if j.fetch {
+			bytes += j.desc.Size
+		}
+		if compressed, err := images.DiffCompression(context.Background(), j.desc.MediaType); err == nil && compressed != "" && compressed != "unknown" {
+			bytes += j.desc.Size * int64(len(j.unpack))
+		}
+	}
+	return bytes
 }
 
 // source opens a layer's bytes from an offset; a registry, for a pull.
@@ -78,6 +94,10 @@ func (a *assembly) layers(ctx context.Context, p *picked, from source, parallel 
 		run.work, missing = work, work.Missing()
 	}
 	jobs, exist := plan(p, missing, a.has)
+	if err := a.space.Reserve(ctx, leastSpace(jobs)); err != nil {
+		return err
+	}
+	ctx = budget.Of(ctx, a.space)
 	for _, desc := range exist {
 		progress.send(Event{Blob: desc.Digest, Phase: Exists, Bytes: desc.Size, Total: desc.Size})
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/errdefs"
@@ -181,9 +182,9 @@ func (s *Store) Tag(ctx context.Context, source string, name Ref) error {
 // Removed tells what a removal took away.
 type Removed struct {
 	Untagged []string // full names
-	// Deleted is the target's digest when no name of it is left: its blobs
-	// and trees go, as far as nothing else needs them.
-	Deleted string
+	// Targets have no name left: their blobs and trees go, as far as nothing
+	// else needs them.
+	Targets []digest.Digest
 }
 
 // Remove takes a name away, or with an id all names of the image. What nothing
@@ -202,12 +203,25 @@ func (s *Store) Remove(ctx context.Context, what string, force bool) (Removed, e
 	} else if len(names) > 1 && !force {
 		return Removed{}, fmt.Errorf("image %s has %d names (%s), remove them or use force: %w", what, len(names), strings.Join(names, ", "), errdefs.ErrFailedPrecondition)
 	}
-	var gone []string
+	gone, err := s.removeNames(ctx, what, names, found.Target.Digest)
+	if err != nil {
+		return Removed{}, err
+	}
+	removed := Removed{Untagged: gone}
+	if len(slices.DeleteFunc(slices.Clone(found.Names), func(n string) bool { return slices.Contains(gone, n) })) == 0 {
+		removed.Targets = []digest.Digest{found.Target.Digest}
+	}
+	return removed, nil
+}
+
+// removeNames takes names away that stand for target, in one transaction, and
+// returns those that did. what is for errors.
+func (s *Store) removeNames(ctx context.Context, what string, names []string, target digest.Digest) (gone []string, err error) {
 	err = s.db.Update(ctx, func(tx *metadata.Tx) error {
 		gone = nil
 		for _, name := range names {
 			rec, err := tx.Images().Get(name)
-			if errors.Is(err, errdefs.ErrNotFound) || (err == nil && rec.Target.Digest != found.Target.Digest) {
+			if errors.Is(err, errdefs.ErrNotFound) || (err == nil && rec.Target.Digest != target) {
 				continue // somebody else removed or moved it meanwhile
 			}
 			if err := errors.Join(err, tx.Drop(layout.ImageNode(name))); err != nil {
@@ -218,12 +232,8 @@ func (s *Store) Remove(ctx context.Context, what string, force bool) (Removed, e
 		return nil
 	})
 	if err != nil {
-		return Removed{}, fmt.Errorf("remove image %s: %w", what, err)
+		return nil, fmt.Errorf("remove image %s: %w", what, err)
 	}
 	s.journal.Kick()
-	removed := Removed{Untagged: gone}
-	if len(slices.DeleteFunc(slices.Clone(found.Names), func(n string) bool { return slices.Contains(gone, n) })) == 0 {
-		removed.Deleted = found.Target.Digest.String()
-	}
-	return removed, nil
+	return gone, nil
 }

@@ -179,13 +179,13 @@ func TestNames(t *testing.T) {
 	if err != nil || len(steps) != 2 || !steps[0].EmptyLayer || steps[1].Size == 0 {
 		t.Errorf("history: %+v, %v", steps, err)
 	}
-	if removed, err := o.Remove(t.Context(), "short:1", false); err != nil || removed.Deleted != "" {
+	if removed, err := o.Remove(t.Context(), "short:1", false); err != nil || len(removed.Targets) != 0 {
 		t.Errorf("remove one name: %+v, %v", removed, err)
 	}
 	if _, err := o.Remove(t.Context(), list[0].ID.Encoded()[:12], false); !errors.Is(err, errdefs.ErrFailedPrecondition) {
 		t.Errorf("remove an id of two names: %v", err)
 	}
-	if removed, err := o.Remove(t.Context(), list[0].ID.Encoded()[:12], true); err != nil || len(removed.Untagged) != 2 || removed.Deleted == "" {
+	if removed, err := o.Remove(t.Context(), list[0].ID.Encoded()[:12], true); err != nil || len(removed.Untagged) != 2 || len(removed.Targets) == 0 {
 		t.Errorf("remove by force: %+v, %v", removed, err)
 	}
 	o.empty(t)

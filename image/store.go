@@ -8,6 +8,7 @@ import (
 
 	"varve.dev/content"
 	"varve.dev/durable"
+	"varve.dev/internal/budget"
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -21,6 +22,7 @@ type Store struct {
 	blobs    *content.Store
 	unpacker Unpacker
 	remotes  *Remotes
+	space    *budget.Budget
 	turns    turns
 }
 
@@ -33,11 +35,14 @@ type Config struct {
 	// Unpacker makes trees of layers; nil keeps images as blobs only.
 	Unpacker Unpacker
 	Remotes  *Remotes
+	// Space is asked, before layers are brought, whether they can fit; nil if
+	// there are no limits.
+	Space *budget.Budget
 }
 
 // New returns the images of the store that c belongs to.
 func New(c Config) *Store {
-	return &Store{root: c.Root, db: c.DB, journal: c.Journal, blobs: c.Blobs, unpacker: c.Unpacker, remotes: c.Remotes, turns: newTurns()}
+	return &Store{root: c.Root, db: c.DB, journal: c.Journal, blobs: c.Blobs, unpacker: c.Unpacker, remotes: c.Remotes, space: c.Space, turns: newTurns()}
 }
 
 // With returns the same images with another way to registries: one caller's

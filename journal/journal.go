@@ -28,9 +28,12 @@ type Journal struct {
 
 	mu       sync.Mutex // guards the rest
 	pending  map[layout.IntentID]layout.IntentRecord
-	swept    chan struct{} // closed and replaced after each round of the sweeper
-	idle     bool          // the last round found nothing to do
-	sweepErr error         // of the last round
+	trashed  map[string]bool // claimed sweeps whose files are in the trash: their names are free
+	moved    chan struct{}   // closed and replaced when files were moved there, or a round has ended
+	hurried  int             // who waits for the space that deleting gives back
+	swept    chan struct{}   // closed and replaced after each round of the sweeper
+	idle     bool            // the last round found nothing to do
+	sweepErr error           // of the last round
 }
 
 // Create makes the directories of a store in root that are not there yet.
@@ -73,6 +76,7 @@ func Open(ctx context.Context, root *durable.Root, db *metadata.DB) (*Journal, R
 	j := &Journal{
 		root: root, db: db, boot: boot, kick: make(chan struct{}, 1), swept: make(chan struct{}),
 		finishing: make(chan struct{}, 1), pending: map[layout.IntentID]layout.IntentRecord{},
+		trashed: map[string]bool{}, moved: make(chan struct{}),
 	}
 	found, err := j.recover(ctx)
 	if err != nil {

@@ -70,11 +70,11 @@ func sources(in layout.IntentRecord) []string {
 // intend writes the intent, once no claimed sweep stands in its way.
 func (j *Journal) intend(ctx context.Context, id layout.IntentID, in layout.IntentRecord) error {
 	for {
-		round := j.sweepRound()
+		moved := j.nextMove()
 		var busy bool
 		err := j.db.Update(ctx, func(tx *metadata.Tx) error {
 			var err error
-			if busy, err = takeBack(tx, in.Blobs); err != nil || busy {
+			if busy, err = j.takeBack(tx, in.Blobs); err != nil || busy {
 				return err
 			}
 			if err := hold(tx, id, in); err != nil {
@@ -87,40 +87,45 @@ func (j *Journal) intend(ctx context.Context, id layout.IntentID, in layout.Inte
 		}
 		j.Kick()
 		select {
-		case <-round:
+		case <-moved:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 }
 
-// takeBack drops the unclaimed sweeps of blobs that are published again, and
-// tells whether a claimed one has to be waited for.
-func takeBack(tx *metadata.Tx, blobs []layout.BlobMove) (busy bool, err error) {
-	if len(blobs) == 0 {
-		return false, nil
-	}
-	mine := map[layout.Node]bool{}
-	for _, m := range blobs {
-		mine[layout.BlobNode(m.Digest)] = true
-	}
+// takeBack drops the unclaimed sweeps of blobs that are published again. Of a
+// claimed one whose file is in the trash by now, the sweep is of that from here
+// on, and not of what gets its name; it tells whether one has to be waited for.
+func (j *Journal) takeBack(tx *metadata.Tx, blobs []layout.BlobMove) (busy bool, err error) {
 	var drop []string
-	err = tx.Sweeps().Each("", func(id string, s layout.SweepRecord) error {
-		if !mine[s.Node] {
+	trashed := map[string]layout.SweepRecord{}
+	for _, m := range blobs {
+		n := layout.BlobNode(m.Digest)
+		err = tx.Sweeps().Each(layout.SweepPrefix(n), func(id string, s layout.SweepRecord) error {
+			switch {
+			case s.Node != n:
+			case s.Claimed && j.inTrash(id):
+				s.Node, s.Path = layout.TrashNode(id), layout.TrashPath(id)
+				trashed[id] = s
+			case s.Claimed:
+				busy = true
+			default:
+				drop = append(drop, id)
+			}
 			return nil
+		})
+		if err != nil || busy {
+			return busy, err
 		}
-		if s.Claimed {
-			busy = true
-		} else {
-			drop = append(drop, id)
-		}
-		return nil
-	})
-	if err != nil || busy {
-		return busy, err
 	}
 	for _, id := range drop {
 		if err := tx.Sweeps().Delete(id); err != nil {
+			return false, err
+		}
+	}
+	for id, s := range trashed {
+		if err := tx.Sweeps().Put(id, s); err != nil {
 			return false, err
 		}
 	}

@@ -270,8 +270,24 @@ func (j *Journal) wanted(ctx context.Context, blob layout.BlobDigest) (wanted bo
 }
 
 // dropCacheMounts removes those that were being filled with what they begin
-// with.
-func (j *Journal) dropCacheMounts(_ context.Context, found *Recovery) error {
+// with, and those whose removal was recorded: the sweeper would come too late,
+// when a build has begun to use the name.
+func (j *Journal) dropCacheMounts(ctx context.Context, found *Recovery) error {
+	rows := map[string]layout.SweepRecord{}
+	err := j.db.View(ctx, func(tx *metadata.Tx) error {
+		return tx.Sweeps().Each("", func(id string, s layout.SweepRecord) error {
+			if kind, _ := s.Node.Split(); kind == layout.KindMount && s.Path == layout.NodePath(s.Node) {
+				rows[id] = s
+			}
+			return nil
+		})
+	})
+	if err == nil && len(rows) > 0 {
+		err = j.toTrash(rows)
+	}
+	if err != nil {
+		return err
+	}
 	mounts, err := os.ReadDir(j.root.Path(layout.CacheMountDir))
 	if err != nil {
 		return missing(err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"sync"
 	"time"
 
 	"varve.dev/durable"
@@ -28,6 +29,17 @@ func (j *Journal) Kick() {
 	case j.kick <- struct{}{}:
 	default:
 	}
+}
+
+// Hurry has everything deleted as fast as it goes, until release is called.
+func (j *Journal) Hurry() (release func()) {
+	hurry := func(n int) {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		j.hurried += n
+	}
+	hurry(1)
+	return sync.OnceFunc(func() { hurry(-1) })
 }
 
 // Drain waits until everything that was removed before the call is deleted,
@@ -67,6 +79,14 @@ func (j *Journal) sweepRound() <-chan struct{} {
 	return j.swept
 }
 
+// nextMove returns a channel that closes when files have been moved to the trash
+// after the call, or a round has ended.
+func (j *Journal) nextMove() <-chan struct{} {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.moved
+}
+
 func (j *Journal) sweepLoop(ctx context.Context) {
 	defer j.stopped.Done()
 	for {
@@ -94,6 +114,39 @@ func (j *Journal) endRound(idle bool, err error) {
 	j.idle = idle && len(j.kick) == 0
 	close(j.swept)
 	j.swept = make(chan struct{})
+	j.tellMoved()
+}
+
+// tellMoved wakes whoever waits for a name. The caller holds mu.
+func (j *Journal) tellMoved() {
+	close(j.moved)
+	j.moved = make(chan struct{})
+}
+
+// namesFreed notes that the files of rows are in the trash, durably.
+func (j *Journal) namesFreed(rows map[string]layout.SweepRecord) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for id := range rows {
+		j.trashed[id] = true
+	}
+	j.tellMoved()
+}
+
+// rowsGone forgets rows that are no more.
+func (j *Journal) rowsGone(ids []string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, id := range ids {
+		delete(j.trashed, id)
+	}
+}
+
+// inTrash tells whether the files of a claimed sweep have left their place.
+func (j *Journal) inTrash(id string) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.trashed[id]
 }
 
 // sweepSome carries out what is pending, and up to sweepBatch removals, and
@@ -110,13 +163,15 @@ func (j *Journal) sweepSome(ctx context.Context) (int, error) {
 	if err := j.toTrash(rows); err != nil {
 		return 0, err
 	}
+	j.namesFreed(rows)
 	durable.At(layout.PointSweepTrashed)
 	var done []string
+	p := &pace{ctx: ctx, j: j, worked: time.Now()}
 	for id := range rows {
 		if ctx.Err() != nil {
 			break
 		}
-		if err := j.root.RemoveAll(layout.TrashPath(id)); err != nil {
+		if err := j.root.RemoveTree(layout.TrashPath(id), p.next); err != nil {
 			continue // stays in the trash with its row; the next owner tries again
 		}
 		done = append(done, id)
@@ -130,6 +185,9 @@ func (j *Journal) sweepSome(ctx context.Context) (int, error) {
 		}
 		return nil
 	})
+	if err == nil {
+		j.rowsGone(done)
+	}
 	return len(done), err
 }
 
@@ -201,10 +259,41 @@ func wantedByIntents(tx *metadata.Tx) (map[layout.Node]bool, error) {
 	return wanted, err
 }
 
+// Trash moves a directory to the trash that nothing refers to and that others may
+// make again under its name: after nil, or an error without [ErrIntended], its
+// name is free. prepare is part of the transaction that records the removal, and
+// says what it takes of the disk. The caller keeps others from using the name
+// meanwhile.
+func (j *Journal) Trash(ctx context.Context, n layout.Node, prepare func(*metadata.Tx) (layout.Usage, error)) error {
+	rows := map[string]layout.SweepRecord{}
+	err := j.db.Update(ctx, func(tx *metadata.Tx) error {
+		clear(rows)
+		usage, err := prepare(tx)
+		if err != nil {
+			return err
+		}
+		id, row, err := tx.SweepNow(n, layout.NodePath(n), usage)
+		rows[id] = row
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("remove %s: %w", n, err)
+	}
+	durable.At(layout.PointSweepClaimed)
+	if err := j.toTrash(rows); err != nil {
+		return fmt.Errorf("remove %s: %w: %w", n, ErrIntended, err)
+	}
+	j.Kick()
+	return nil
+}
+
 // toTrash renames the files of claimed rows, and makes that durable.
 func (j *Journal) toTrash(rows map[string]layout.SweepRecord) error {
 	changed := []string{layout.TrashDir}
 	for id, s := range rows {
+		if s.Path == layout.TrashPath(id) {
+			continue // somebody else has its name
+		}
 		err := j.root.Rename(s.Path, layout.TrashPath(id))
 		if err != nil && !errors.Is(err, errdefs.ErrNotFound) && !errors.Is(err, errdefs.ErrAlreadyExists) {
 			return fmt.Errorf("sweep %s: %w", s.Node, err)

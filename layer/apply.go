@@ -62,14 +62,21 @@ func (a *Applied) Unresolved() bool { return len(a.implied) > 0 || len(a.links) 
 // Apply unpacks an uncompressed tar stream into tree, to its very end: the
 // DiffID covers what follows the archive too. Files go to the tree's barrier.
 //
+// room, which may be nil, is asked before anything that takes space is made, for
+// as many bytes as layout.LayerRecord.Size counts for it; its error ends the
+// unpacking.
+//
 // After an error the tree holds part of the layer. Kinds: ErrInvalidArgument
 // for a stream that is no layer, naming the entry; ErrResourceExhausted for a
-// full disk; others as they come from r.
-func Apply(ctx context.Context, r io.Reader, tree *durable.Tree) (*Applied, error) {
+// full disk; others as they come from r and room.
+func Apply(ctx context.Context, r io.Reader, tree *durable.Tree, room func(bytes int64) error) (*Applied, error) {
+	if room == nil {
+		room = func(int64) error { return nil }
+	}
 	sum := newStreamSum(r)
 	defer sum.stop()
 	a := &applier{
-		ctx: ctx, tree: tree, tar: tar.NewReader(sum), buf: make([]byte, copyBuffer),
+		ctx: ctx, tree: tree, room: room, tar: tar.NewReader(sum), buf: make([]byte, copyBuffer),
 		fresh: map[string]bool{}, hash: sha256.New(),
 		out: &Applied{tree: tree, sums: map[uint64]string{}},
 	}
@@ -93,6 +100,7 @@ const copyBuffer = 128 << 10
 type applier struct {
 	ctx    context.Context
 	tree   *durable.Tree
+	room   func(bytes int64) error
 	tar    *tar.Reader
 	buf    []byte
 	hash   hash.Hash
@@ -226,6 +234,9 @@ func (a *applier) create(name string, hdr *tar.Header) error {
 	attr := attrOf(hdr)
 	switch hdr.Typeflag {
 	case tar.TypeDir:
+		if err := a.room(layout.DirSize); err != nil {
+			return err
+		}
 		a.times = append(a.times, dirTime{name, attr.MTime})
 		return a.tree.Mkdir(name, attr)
 	case tar.TypeReg, '\x00', tar.TypeCont, tar.TypeGNUSparse:
@@ -245,6 +256,9 @@ func (a *applier) create(name string, hdr *tar.Header) error {
 }
 
 func (a *applier) file(name string, attr durable.Attr, hdr *tar.Header) error {
+	if err := a.room(layout.OnDisk(hdr.Size)); err != nil {
+		return err
+	}
 	a.hash.Reset()
 	body := &hashingReader{r: a.tar, hash: a.hash}
 	ino, size, err := a.tree.File(name, attr, body, isSparse(hdr), a.buf)

@@ -67,6 +67,9 @@ func (a Accounts) Clone() Accounts {
 // blockSize is the unit in which files take space.
 const blockSize = 4096
 
+// DirSize is what a directory is counted as.
+const DirSize = blockSize
+
 // OnDisk is what a file of so many bytes takes.
 func OnDisk(size int64) int64 { return (size + blockSize - 1) / blockSize * blockSize }
 
@@ -144,6 +147,8 @@ type MeasureRecord struct {
 	// Took is how long the looking took; the next look waits for a multiple
 	// of it.
 	Took time.Duration `json:"took,omitempty"`
+	// Running says that a container ran which may have changed it meanwhile.
+	Running bool `json:"running,omitempty"`
 }
 
 // Measured lists the directories whose entries are measured.

@@ -22,6 +22,8 @@ const (
 	KindCache     = "cache"
 	KindIntent    = "intent"
 	KindAPI       = "api"
+	KindMount     = "mount" // a cache mount's directory; it has no record, and no edges
+	KindTrash     = "trash" // what has been moved to the trash, whose name is another's by now; likewise
 )
 
 // Constructors of nodes.
@@ -34,6 +36,8 @@ func ContainerNode(c ContainerID) Node { return Node(KindContainer + ":" + strin
 func LeaseNode(id LeaseID) Node        { return Node(KindLease + ":" + string(id)) }
 func CacheNode(key string) Node        { return Node(KindCache + ":" + key) }
 func IntentNode(id IntentID) Node      { return Node(KindIntent + ":" + string(id)) }
+func TrashNode(id string) Node         { return Node(KindTrash + ":" + id) }
+func MountNode(key string) Node        { return Node(KindMount + ":" + key) }
 
 // ContainerdNode is the root that holds whatever came in through containerd's
 // API until its Delete.
@@ -91,6 +95,12 @@ func (e Edge) BackKey() []byte {
 
 // NodePrefix begins every key of an edge whose first end is n.
 func NodePrefix(n Node) []byte { return []byte(string(n) + edgeSeparator) }
+
+// RelationPrefix begins every key of an edge of one relation whose first end is
+// n.
+func RelationPrefix(n Node, rel string) []byte {
+	return []byte(string(n) + edgeSeparator + rel + edgeSeparator)
+}
 
 // ParseEdge reads a key of BucketEdges.
 func ParseEdge(key []byte) (Edge, error) {

@@ -131,6 +131,10 @@ func NodePath(n Node) string {
 		return ActivePath(LayerID(id))
 	case KindContainer:
 		return ContainerPath(ContainerID(id))
+	case KindTrash:
+		return TrashPath(id)
+	case KindMount:
+		return CacheMountPath(id)
 	}
 	return ""
 }
@@ -138,6 +142,20 @@ func NodePath(n Node) string {
 // IsElement tells whether an identity can be the name of a file.
 func IsElement(id string) bool {
 	return id != "" && id != "." && id != ".." && !strings.ContainsAny(id, "/\x00")
+}
+
+// NewSweepID makes up an id for the sweep of a node. Those of one blob begin
+// alike, so that whoever brings it again finds them: see [SweepPrefix].
+func NewSweepID(n Node) string { return SweepPrefix(n) + NewID() }
+
+// SweepPrefix begins the ids of the sweeps of a blob; "" for other nodes, whose
+// files nobody else can have the name of.
+func SweepPrefix(n Node) string {
+	kind, id := n.Split()
+	if d, err := ParseBlobDigest(id); kind == KindBlob && err == nil {
+		return d.Hex()[:16] + "-"
+	}
+	return ""
 }
 
 // TrashPath is where something with a sweep row waits to be deleted.

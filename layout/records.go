@@ -192,10 +192,12 @@ type CacheRecord struct {
 	// Snapshot is the result: a committed snapshot, one for each output of
 	// the step.
 	Snapshots []SnapshotKey `json:"snapshots,omitempty"`
-	Size      int64         `json:"size"`
+	Size      int64         `json:"size"` // of the results alone, without what is below them
 	Created   time.Time     `json:"created"`
 	LastUse   time.Time     `json:"lastUse"`
 	Uses      int64         `json:"uses"`
+	// Took is how long the step ran: what is lost with the record.
+	Took time.Duration `json:"took,omitempty"`
 	// Description is for people: the step's name in the Dockerfile.
 	Description string `json:"description,omitempty"`
 }

@@ -180,6 +180,9 @@ func (tx *Tx) letGo(id layout.IntentID, in layout.IntentRecord) error {
 	node := layout.IntentNode(id)
 	for _, m := range in.Layers {
 		if taken, ok := m.Taken(); ok {
+			if err := tx.Measures().Delete(m.From); err != nil {
+				return err
+			}
 			if err := tx.cut(layout.Edge{Parent: node, Rel: layout.RelHolds, Child: taken}); err != nil {
 				return err
 			}

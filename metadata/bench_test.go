@@ -248,7 +248,7 @@ func BenchmarkMillionEvict(b *testing.B) {
 	for b.Loop() {
 		err := db.Update(b.Context(), func(tx *Tx) error {
 			var oldest string
-			tx.EachCacheByUse(func(key string, _ time.Time) bool { oldest = key; return false })
+			tx.EachCacheByUse("", time.Time{}, func(key string, _ time.Time) bool { oldest = key; return false })
 			if err := tx.Drop(layout.CacheNode(oldest)); err != nil {
 				return err
 			}

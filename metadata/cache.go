@@ -32,13 +32,17 @@ func (tx *Tx) PutCache(key string, rec layout.CacheRecord) error {
 	if err != nil {
 		return err
 	}
-	if err := tx.Cache().Put(key, rec); err != nil {
-		return err
-	}
+	rec.Size = 0
 	for _, s := range rec.Snapshots {
+		if snap, err := tx.Snapshots().Get(s); err == nil {
+			rec.Size += snap.Size
+		}
 		if err := tx.Link(layout.Edge{Parent: node, Rel: layout.RelResult, Child: layout.SnapshotNode(s)}); err != nil {
 			return err
 		}
+	}
+	if err := tx.Cache().Put(key, rec); err != nil {
+		return err
 	}
 	for _, e := range old {
 		if !holdsSnapshot(rec, e.Child) {
@@ -75,10 +79,15 @@ func (tx *Tx) TouchCache(key string, now time.Time) error {
 }
 
 // EachCacheByUse calls fn with keys in the order of last use, the oldest
-// first, until it returns false.
-func (tx *Tx) EachCacheByUse(fn func(key string, last time.Time) bool) {
+// first, until it returns false. It begins behind the record after with the
+// last use since; with "" and the zero time at the beginning.
+func (tx *Tx) EachCacheByUse(after string, since time.Time, fn func(key string, last time.Time) bool) {
 	c := tx.bolt.Bucket([]byte(layout.BucketCacheByUse)).Cursor()
-	for k, _ := c.First(); k != nil; k, _ = c.Next() {
+	from := []byte{}
+	if after != "" {
+		from = append(useKey(after, since), 0)
+	}
+	for k, _ := c.Seek(from); k != nil; k, _ = c.Next() {
 		if len(k) < 8 {
 			continue // fsck reports it as M3
 		}

@@ -130,6 +130,8 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	defer db.committing.Unlock()
 	var line []byte
 	var number uint64
+	var accounts layout.Accounts
+	var trashed int64
 	err = db.guard(func() error {
 		return db.bolt.Update(func(btx *bolt.Tx) error {
 			// A write transaction has the number of its commit.
@@ -148,7 +150,7 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 			}
 			var err error
 			line, err = db.log.stage(tx)
-			number = uint64(btx.ID())
+			number, accounts, trashed = uint64(btx.ID()), tx.accounts, tx.trashed
 			return err
 		})
 	})
@@ -158,6 +160,8 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	}
 	if err == nil {
 		db.committed.Store(number)
+		db.accounts.Store(&accounts)
+		db.trashed.Add(trashed)
 		db.commits.add(len(group))
 		db.log.append(line)
 	}

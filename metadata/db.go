@@ -45,7 +45,9 @@ type DB struct {
 
 	committing sync.Mutex // held for a commit and its line, and while the log is exchanged
 
-	committed atomic.Uint64 // the number of the last commit; see notBefore
+	committed atomic.Uint64                   // the number of the last commit; see notBefore
+	trashed   atomic.Int64 // bytes that were queued for the trash since it was opened
+	accounts  atomic.Pointer[layout.Accounts] // of the last commit
 }
 
 // mishap is an error that comes once, and stays.
@@ -165,13 +167,31 @@ func (db *DB) start(note suspicion) error {
 	if err := db.openLog(); err != nil {
 		return err
 	}
+	if err := db.loadAccounts(); err != nil {
+		return err
+	}
 	db.done.Go(db.commitLoop)
 	db.done.Go(func() { db.watch(db.firstWatch(note.stands)) })
 	return nil
 }
 
+func (db *DB) loadAccounts() error {
+	return db.View(context.Background(), func(tx *Tx) error {
+		all, err := tx.Accounts()
+		db.accounts.Store(&all)
+		return err
+	})
+}
+
 // Meta returns the store's own record.
 func (db *DB) Meta() layout.MetaRecord { return db.meta }
+
+// Accounts returns what the store holds by the last commit, without a
+// transaction. The caller must not change it.
+func (db *DB) Accounts() layout.Accounts { return *db.accounts.Load() }
+
+// Trashed returns how many bytes were removed since the database was opened.
+func (db *DB) Trashed() int64 { return db.trashed.Load() }
 
 // Close waits for updates under way and closes the database. Later updates
 // fail with ErrUnavailable; closing again does nothing.

@@ -278,7 +278,7 @@ func (db *DB) upgrade(btx *bolt.Tx) error {
 			return err
 		}
 	}
-	if err := tx.Recount(); err != nil {
+	if err := errors.Join(tx.renameSweeps(), tx.Recount()); err != nil {
 		return err
 	}
 	meta := db.meta
@@ -288,6 +288,22 @@ func (db *DB) upgrade(btx *bolt.Tx) error {
 	}
 	db.meta = meta
 	return tx.mark(last)
+}
+
+// renameSweeps gives the sweeps of blobs the ids by which they are found. What
+// stands in the trash by an old one is emptied out of it by recovery.
+func (tx *Tx) renameSweeps() error {
+	old := map[string]layout.SweepRecord{}
+	err := tx.Sweeps().Each("", func(id string, s layout.SweepRecord) error {
+		if layout.SweepPrefix(s.Node) != "" {
+			old[id] = s
+		}
+		return nil
+	})
+	for id, s := range old {
+		err = errors.Join(err, tx.Sweeps().Delete(id), tx.Sweeps().Put(layout.NewSweepID(s.Node), s))
+	}
+	return err
 }
 
 // addSums gives every bucket its sum.

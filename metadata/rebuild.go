@@ -326,7 +326,7 @@ func (r *rebuilder) fill(btx *bolt.Tx) error {
 		err = errors.Join(err, tx.Link(e))
 	}
 	for _, s := range r.sweeps {
-		err = errors.Join(err, tx.Sweeps().Put(layout.NewID(), s))
+		err = errors.Join(err, tx.Sweeps().Put(layout.NewSweepID(s.Node), s))
 	}
 	if err == nil {
 		err = r.collect(tx)

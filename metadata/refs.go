@@ -63,14 +63,41 @@ func (tx *Tx) Parents(n layout.Node) ([]layout.Edge, error) {
 	return tx.edges(layout.BucketEdges, n, layout.ParseEdge)
 }
 
+// ParentsBy returns the edges of one relation that end at n.
+func (tx *Tx) ParentsBy(n layout.Node, rel string) ([]layout.Edge, error) {
+	return tx.edgesWith(layout.BucketEdges, layout.RelationPrefix(n, rel), layout.ParseEdge)
+}
+
+// ChildrenBy returns the edges of one relation that begin at n.
+func (tx *Tx) ChildrenBy(n layout.Node, rel string) ([]layout.Edge, error) {
+	return tx.edgesWith(layout.BucketEdgesBack, layout.RelationPrefix(n, rel), layout.ParseBackEdge)
+}
+
+// HeldOnlyBy tells whether every edge that ends at n comes from a node of this
+// kind. It looks no further than the first that does not.
+func (tx *Tx) HeldOnlyBy(n layout.Node, kind string) bool {
+	prefix := layout.NodePrefix(n)
+	c := tx.bolt.Bucket([]byte(layout.BucketEdges)).Cursor()
+	for k, _ := c.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, _ = c.Next() {
+		e, err := layout.ParseEdge(k)
+		if by, _ := e.Parent.Split(); err != nil || by != kind {
+			return false
+		}
+	}
+	return true
+}
+
 // Children returns the edges that begin at n.
 func (tx *Tx) Children(n layout.Node) ([]layout.Edge, error) {
 	return tx.edges(layout.BucketEdgesBack, n, layout.ParseBackEdge)
 }
 
 func (tx *Tx) edges(bucket string, n layout.Node, parse func([]byte) (layout.Edge, error)) ([]layout.Edge, error) {
+	return tx.edgesWith(bucket, layout.NodePrefix(n), parse)
+}
+
+func (tx *Tx) edgesWith(bucket string, prefix []byte, parse func([]byte) (layout.Edge, error)) ([]layout.Edge, error) {
 	var out []layout.Edge
-	prefix := layout.NodePrefix(n)
 	c := tx.bolt.Bucket([]byte(bucket)).Cursor()
 	for k, _ := c.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, _ = c.Next() {
 		e, err := parse(k)
@@ -219,9 +246,19 @@ func (tx *Tx) eraseContainer(id layout.ContainerID) error {
 // Sweep queues the files at path for the trash. usage is what they take of the
 // disk, as far as that is known.
 func (tx *Tx) Sweep(n layout.Node, path string, usage layout.Usage) error {
-	return tx.Sweeps().Put(layout.NewID(), layout.SweepRecord{
+	tx.trashed += usage.Bytes
+	return tx.Sweeps().Put(layout.NewSweepID(n), layout.SweepRecord{
 		Path: path, Node: n, Created: time.Now().UTC(), Bytes: usage.Bytes, Inodes: usage.Inodes,
 	})
+}
+
+// SweepNow is Sweep of files that the caller moves to the trash at once, before
+// anybody makes new ones under their name. It returns the row and its id.
+func (tx *Tx) SweepNow(n layout.Node, path string, usage layout.Usage) (string, layout.SweepRecord, error) {
+	tx.trashed += usage.Bytes
+	id := layout.NewSweepID(n)
+	rec := layout.SweepRecord{Path: path, Node: n, Claimed: true, Created: time.Now().UTC(), Bytes: usage.Bytes, Inodes: usage.Inodes}
+	return id, rec, tx.Sweeps().Put(id, rec)
 }
 
 // sweepMeasured queues a directory for the trash that may have been measured.

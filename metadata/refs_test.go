@@ -209,7 +209,7 @@ func TestCacheByUse(t *testing.T) {
 	at := func(i int) time.Time { return time.Unix(1_700_000_000, int64(i)).UTC() }
 	order := func() (keys []string) {
 		view(t, db, func(tx *Tx) error {
-			tx.EachCacheByUse(func(key string, last time.Time) bool {
+			tx.EachCacheByUse("", time.Time{}, func(key string, last time.Time) bool {
 				rec, err := tx.Cache().Get(key)
 				if err != nil || !rec.LastUse.Equal(last) {
 					t.Errorf("%s: listed at %v, record %v, %v", key, last, rec.LastUse, err)

@@ -19,6 +19,7 @@ type Tx struct {
 	// accounts are those of the state record, with what this transaction has
 	// changed; nil until they are asked for.
 	accounts layout.Accounts
+	trashed  int64 // bytes that it queues for the trash
 }
 
 // Table gives typed access to one bucket. R is a record of package layout.
@@ -146,8 +147,15 @@ func (t Table[K, R]) Delete(key K) error {
 // Each calls fn for every record whose key begins with prefix, in the order
 // of keys, until fn returns an error. fn must not change the table.
 func (t Table[K, R]) Each(prefix string, fn func(K, R) error) error {
+	return t.each(prefix, prefix, fn)
+}
+
+// EachFrom is Each for the records from key on, which need not exist.
+func (t Table[K, R]) EachFrom(key string, fn func(K, R) error) error { return t.each(key, "", fn) }
+
+func (t Table[K, R]) each(from, prefix string, fn func(K, R) error) error {
 	c := t.bucket.Cursor()
-	for k, v := c.Seek([]byte(prefix)); k != nil && bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
+	for k, v := c.Seek([]byte(from)); k != nil && bytes.HasPrefix(k, []byte(prefix)); k, v = c.Next() {
 		var rec R
 		if err := layout.Decode(t.name, string(k), v, &rec); err != nil {
 			return err

@@ -15,8 +15,8 @@ import (
 	"varve.dev/overlay"
 )
 
-// exitFile, in a container's directory, holds an [Exit].
-const exitFile = "exit.json"
+// ExitFile, in a container's directory, holds an [Exit].
+const ExitFile = "exit.json"
 
 // Spec says what a container is to be.
 type Spec struct {
@@ -139,13 +139,13 @@ const (
 )
 
 // Save writes the record, durably, into the container's directory.
-func (e *Exit) Save(dir string) error { return save(dir, exitFile, e) }
+func (e *Exit) Save(dir string) error { return save(dir, ExitFile, e) }
 
 // ReadExit reads what became of the container in dir. Errors: ErrNotFound
 // while it runs, and if its shim was killed.
 func ReadExit(dir string) (Exit, error) {
 	var e Exit
-	err := load(dir, exitFile, &e)
+	err := load(dir, ExitFile, &e)
 	return e, err
 }
 

@@ -75,6 +75,13 @@ func (s *Snapshotter) commit(ctx context.Context, holder layout.Node, name, key 
 	}
 	now := time.Now().UTC()
 	size, inodes := m.Usage()
+	space := s.space.Claim(fmt.Sprintf("commit snapshot %q", key))
+	defer space.Release()
+	if err := space.Write(ctx, size); err != nil {
+		barrier.Abandon()
+		s.journal.Discard(scratch)
+		return err
+	}
 	in := layout.IntentRecord{
 		Purpose: fmt.Sprintf("commit snapshot %q", name),
 		Blobs:   []layout.BlobMove{blob},

@@ -14,6 +14,7 @@ import (
 	"varve.dev/content"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/budget"
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -25,6 +26,7 @@ type Snapshotter struct {
 	db      *metadata.DB
 	journal *journal.Journal
 	blobs   *content.Store
+	space   *budget.Budget
 }
 
 var _ snapshots.Snapshotter = (*Snapshotter)(nil)
@@ -33,6 +35,10 @@ var _ snapshots.Snapshotter = (*Snapshotter)(nil)
 func New(root *durable.Root, db *metadata.DB, j *journal.Journal, blobs *content.Store) *Snapshotter {
 	return &Snapshotter{root: root, db: db, journal: j, blobs: blobs}
 }
+
+// Within makes every new tree take its bytes from a budget. To be called before
+// the snapshotter is used.
+func (s *Snapshotter) Within(space *budget.Budget) { s.space = space }
 
 // Close does nothing: the store is its owner's to close.
 func (s *Snapshotter) Close() error { return nil }

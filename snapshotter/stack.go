@@ -102,7 +102,9 @@ func (s *Snapshotter) Fill(ctx context.Context, key layout.SnapshotKey, tar io.R
 		return err
 	}
 	defer tree.Close()
-	applied, err := layer.Apply(ctx, tar, tree)
+	space := s.space.Claim(fmt.Sprintf("fill snapshot %q", key))
+	defer space.Release() // claimed again by the commit, when it is known what it takes
+	applied, err := layer.Apply(ctx, tar, tree, func(bytes int64) error { return space.Write(ctx, bytes) })
 	if err != nil {
 		return fmt.Errorf("fill snapshot %q: %w", key, err)
 	}

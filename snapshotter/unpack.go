@@ -14,6 +14,7 @@ import (
 
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/budget"
 	"varve.dev/layer"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -28,6 +29,7 @@ type Unpack struct {
 	chain   []layout.DiffID
 	keys    []layout.SnapshotKey // of the snapshots, by ChainID
 	have    int                  // so many snapshots, from the bottom, exist
+	space   *budget.Claim        // of the new trees, until they are recorded or gone
 
 	mu     sync.Mutex
 	layers []place
@@ -38,6 +40,7 @@ type Unpack struct {
 type place struct {
 	id       layout.LayerID
 	exists   bool   // committed before
+	bytes    int64  // that were claimed for it
 	staging  string // otherwise: where it is being unpacked
 	manifest string // the place of its file manifest, likewise
 	tree     *durable.Tree
@@ -53,7 +56,7 @@ type place struct {
 // up by its DiffID, so that images with other layers below share it, or by the
 // ChainID if it took something from its parents.
 func (s *Snapshotter) Begin(ctx context.Context, lease *metadata.Lease, chain []layout.DiffID, barrier *durable.Barrier) (*Unpack, error) {
-	u := &Unpack{snap: s, barrier: barrier, chain: chain, layers: make([]place, len(chain))}
+	u := &Unpack{snap: s, barrier: barrier, chain: chain, layers: make([]place, len(chain)), space: s.space.Claim("unpack")}
 	digests := make([]digest.Digest, len(chain))
 	for i, d := range chain {
 		digests[i] = digest.Digest(d)
@@ -128,6 +131,7 @@ func (u *Unpack) Layer(ctx context.Context, i int, tar io.Reader) error {
 		if p.staging != "" {
 			u.snap.journal.Discard(p.staging)
 		}
+		u.space.Unwrite(p.bytes)
 		return err
 	}
 	u.mu.Lock()
@@ -149,7 +153,14 @@ func (u *Unpack) apply(ctx context.Context, i int, tar io.Reader) (p place, err 
 	if p.tree, err = root.NewTree(rel, u.barrier); err != nil {
 		return p, err
 	}
-	if p.applied, err = layer.Apply(ctx, tar, p.tree); err != nil {
+	room := func(bytes int64) error {
+		if err := u.space.Write(ctx, bytes); err != nil {
+			return err
+		}
+		p.bytes += bytes
+		return nil
+	}
+	if p.applied, err = layer.Apply(ctx, tar, p.tree, room); err != nil {
 		return p, err
 	}
 	if p.applied.DiffID != u.chain[i] {
@@ -276,6 +287,7 @@ func (u *Unpack) Abandon() {
 		return
 	}
 	u.done = true
+	defer u.space.Release()
 	for _, p := range u.layers {
 		if p.tree != nil {
 			p.tree.Close()

@@ -13,6 +13,7 @@ type Backend interface {
 	Images
 	Builder
 	Containers
+	Space
 
 	// Root is the store's directory.
 	Root(ctx context.Context) (string, error)

@@ -210,6 +210,24 @@ func (c *Client) Discard(ctx context.Context, ids []string) error {
 	return c.do(ctx, "discard", ids, nil, nil, nil, nil)
 }
 
+// DiskUsage implements [Space].
+func (c *Client) DiskUsage(ctx context.Context, req DiskUsageRequest) (r DiskUsage, err error) {
+	err = c.do(ctx, "disk-usage", req, nil, nil, nil, &r)
+	return r, err
+}
+
+// Collect implements [Space].
+func (c *Client) Collect(ctx context.Context, req CollectRequest) (r Collected, err error) {
+	err = c.do(ctx, "collect", req, nil, nil, nil, &r)
+	return r, err
+}
+
+// Prune implements [Space].
+func (c *Client) Prune(ctx context.Context, req PruneRequest, progress func(Event)) (r Pruned, err error) {
+	err = c.do(ctx, "prune", req, nil, progress, nil, &r)
+	return r, err
+}
+
 // Pull implements [Images].
 func (c *Client) Pull(ctx context.Context, req PullRequest, progress func(Event)) (r ImageSummary, err error) {
 	err = c.do(ctx, "pull", req, nil, progress, nil, &r)

@@ -38,7 +38,11 @@ func newDaemon(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State, Scrub: scrub}, func(line string) {
+			limits, err := c.GC.limits()
+			if err != nil {
+				return err
+			}
+			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State, Limits: limits, Scrub: scrub}, func(line string) {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
 			})
 			if err != nil {

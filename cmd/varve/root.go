@@ -38,6 +38,7 @@ type configFile struct {
 		HostsDir  string   `toml:"hosts_dir"`  // folder of <host>/hosts.toml
 		PlainHTTP []string `toml:"plain_http"` // registries to speak HTTP with
 	} `toml:"registry"`
+	GC      gcConfig    `toml:"gc"`
 	Scrub   scrubConfig `toml:"scrub"`
 	Metrics struct {
 		Listen string `toml:"listen"` // host:port of this machine alone; they are on the daemon's socket too
@@ -87,6 +88,7 @@ func newRoot() *cobra.Command {
 	cmd.AddCommand(
 		newPull(g), newPush(g), newImages(g), newRmi(g), newTag(g), newInspect(g), newHistory(g),
 		newLoad(g), newSave(g), newBuild(g), newRun(g), newCommit(g), newFsck(g), newQuarantine(g), newInfo(g), newVersion(), newDaemon(g),
+		newDf(g, "df"), newGC(g), newImageGroup(g), newContainerGroup(g), newBuilderGroup(g), newSystemGroup(g),
 	)
 	return cmd
 }
@@ -154,7 +156,11 @@ func (g *globals) with(ctx context.Context, fn func(context.Context, *daemon.Joi
 	if err != nil {
 		return err
 	}
-	j, err := daemon.Join(ctx, daemon.Place{Root: c.Root, State: c.State, Host: c.Host, Look: g.look})
+	limits, err := c.GC.limits()
+	if err != nil {
+		return err
+	}
+	j, err := daemon.Join(ctx, daemon.Place{Root: c.Root, State: c.State, Host: c.Host, Look: g.look, Limits: limits})
 	if err != nil {
 		return err
 	}

@@ -15,13 +15,13 @@ type storey struct {
 // storeys from the bottom up.
 var storeys = []storey{
 	{[]string{"errdefs", "internal/version", "overlay"}, "error kinds; the version of a build; a stack of layers and how to mount it"},
-	{[]string{"durable", "fsck/pages", "fsck/reach"}, "permanence: the one door to rename, sync and create; the witness's eyes: bbolt's pages, files without following a link"},
+	{[]string{"durable", "internal/budget", "fsck/pages", "fsck/reach"}, "permanence: the one door to rename, sync and create; bytes that are bounded; the witness's eyes: bbolt's pages, files without following a link"},
 	{[]string{"durable/crashsim", "layout"}, "what a power cut could leave (tests only); the format in constants and words"},
 	{[]string{"metadata", "fsck", "fsck/foreign", "layer"}, "the database; the witness; other engines' stores against what they recorded; tar stream ⇄ tree, file manifests"},
 	{[]string{"journal"}, "publications, removals, recovery"},
 	{[]string{"content"}, "blobs and ingests"},
 	{[]string{"snapshotter"}, "overlay2 snapshots"},
-	{[]string{"image", "runtime"}, "names → manifests; containers' specs and shims"},
+	{[]string{"gc", "image", "runtime"}, "what may go, and what there is; names → manifests; containers' specs and shims"},
 	{[]string{"builder/contexttar", "runtime/containers"}, "a build context as a stream; containers in a store"},
 	{[]string{"builder", "repair"}, "Dockerfile → LLB → results, build cache, export; what fsck found, made whole"},
 	{[]string{"api/varve"}, "varve's own endpoints: translation only"},
@@ -49,6 +49,7 @@ var rules = []rule{
 	{"cmd/varve-runtime", "github.com/containerd/containerd", "nor for registries"},
 	{"cmd/varve-runtime", "go.etcd.io/bbolt", "the shim never opens the store"},
 	{"cmd/varve", "github.com/opencontainers/runc", "libcontainer is in the shim's binary alone"},
+	{"gc", "varve.dev/image", "what may go is decided by edges, whatever they are of"},
 	{"layout", "os", "the law does no I/O"},
 	{"internal/corrupt", "varve.dev", "it is somebody outside, who knows of a store what its documentation says"},
 }

@@ -1,0 +1,92 @@
+package gc
+
+import (
+	"fmt"
+	"path"
+	"strings"
+	"time"
+
+	"varve.dev/errdefs"
+)
+
+// Limits are what a store may take. Zero values do not limit.
+type Limits struct {
+	// Size is the most bytes that the store takes of the disk, with its
+	// metadata, with what is being written and with what is being deleted.
+	Size int64
+	// Free is what stays free on the store's file system for others.
+	Free int64
+	// Cache is the most bytes that are there for the build cache alone:
+	// results that no image or container needs, and cache mounts. What running
+	// builds hold comes on top.
+	Cache int64
+	// CacheAge is how long a build result is kept that is not used.
+	CacheAge time.Duration
+	// Retain says what becomes of blobs whose layers are unpacked and that a
+	// registry can serve again.
+	Retain Retain
+	// Pins are patterns of the names of images that no prune removes, as
+	// path.Match has them: "docker.io/library/*".
+	Pins []string
+	// Downloads is how long a download that was cut off waits to be gone on
+	// with; 0: a week.
+	Downloads time.Duration
+}
+
+// Retain is what is kept of blobs that can be had again.
+type Retain string
+
+// The ways to retain blobs. Without them a push of the image makes other blobs
+// of the same files, or fetches them.
+const (
+	// RetainReferenced keeps them until space is short, which is the default.
+	RetainReferenced Retain = "referenced"
+	// RetainAll keeps them even then.
+	RetainAll Retain = "all"
+	// RetainMinimal drops them once their layers are unpacked.
+	RetainMinimal Retain = "minimal"
+)
+
+// defaultDownloads is the age of forgotten downloads.
+const defaultDownloads = 7 * 24 * time.Hour
+
+func (l Limits) downloads() time.Duration {
+	if l.Downloads > 0 {
+		return l.Downloads
+	}
+	return defaultDownloads
+}
+
+// Pinned tells whether an image is pinned, by one of the ways to write its name.
+func (l Limits) Pinned(names ...string) bool {
+	for _, p := range l.Pins {
+		for _, n := range names {
+			repository, _, _ := strings.Cut(path.Base(n), ":")
+			for _, n := range []string{n, path.Join(path.Dir(n), repository)} {
+				if ok, _ := path.Match(p, n); ok {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// Check refuses limits that make no sense. Errors: ErrInvalidArgument.
+func (l Limits) Check() error {
+	for name, n := range map[string]int64{"size": l.Size, "free": l.Free, "cache": l.Cache, "cache age": int64(l.CacheAge), "age of downloads": int64(l.Downloads)} {
+		if n < 0 {
+			return fmt.Errorf("limit %s is %d, less than nothing: %w", name, n, errdefs.ErrInvalidArgument)
+		}
+	}
+	for _, p := range l.Pins {
+		if _, err := path.Match(p, ""); err != nil {
+			return fmt.Errorf("limit pins: %q is no pattern: %w", p, errdefs.ErrInvalidArgument)
+		}
+	}
+	switch l.Retain {
+	case "", RetainReferenced, RetainAll, RetainMinimal:
+		return nil
+	}
+	return fmt.Errorf("limit retain is %q, not all, referenced or minimal: %w", l.Retain, errdefs.ErrInvalidArgument)
+}
