@@ -31,7 +31,7 @@ type Config struct {
 	Snaps   *snapshotter.Snapshotter
 	Shim    func() (string, error) // path of the shim, asked for when a step runs
 	Scratch string                 // directory for what lives as long as a step
-	Space   Space
+	Space   Space                  // nil: no limits
 }
 
 // Space keeps the build cache within its limits. Package gc has one.
@@ -44,6 +44,13 @@ type Space interface {
 	// Kick says that something was let go of.
 	Kick()
 }
+
+// noLimits is the space of a cache that has no limits.
+type noLimits struct{}
+
+func (noLimits) UseMount(context.Context, string) (func(), error) { return func() {}, nil }
+func (noLimits) TrimCache(context.Context) error                  { return nil }
+func (noLimits) Kick()                                            {}
 
 // Images are the base images of a build.
 type Images interface {
@@ -68,6 +75,9 @@ const parallelSteps = 4
 
 // New returns a builder for the store that c belongs to.
 func New(c Config) *Builder {
+	if c.Space == nil {
+		c.Space = noLimits{}
+	}
 	return &Builder{Config: c, flights: newFlights(), slots: make(chan struct{}, parallelSteps), mounts: newMountLocks()}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
@@ -87,12 +88,7 @@ func (s *session) source(ctx context.Context, v *vertex, src *pb.SourceOp) (outp
 		if err != nil {
 			return outputs{}, err
 		}
-		snap, err := s.req.Images.Snapshot(ctx, ref, d, s.platformOf(v))
-		if err != nil {
-			return outputs{}, err
-		}
-		out := outputs{key: key, snapshots: []layout.SnapshotKey{snap}}
-		return out, s.hold(ctx, out.snapshots)
+		return s.baseImage(ctx, v, ref, d, key)
 	}
 	return s.b.flights.do(ctx, key, func() (outputs, error) {
 		out, ok, err := s.peek(ctx, key)
@@ -105,9 +101,29 @@ func (s *session) source(ctx context.Context, v *vertex, src *pb.SourceOp) (outp
 		if err != nil {
 			return outputs{}, err
 		}
-		step := &step{s: s, v: v, key: key}
+		step := &step{s: s, v: v, key: key, began: time.Now()}
 		return step.copyLocal(ctx, t)
 	})
+}
+
+// holdTries is how often a base image is brought that is removed before the build
+// holds it.
+const holdTries = 3
+
+// baseImage brings a base image into the store, and holds it. Somebody may remove
+// it, or a limit have it evicted, between the two: then it is brought once more.
+func (s *session) baseImage(ctx context.Context, v *vertex, ref string, d digest.Digest, key string) (outputs, error) {
+	for try := 1; ; try++ {
+		snap, err := s.req.Images.Snapshot(ctx, ref, d, s.platformOf(v))
+		if err != nil {
+			return outputs{}, err
+		}
+		out := outputs{key: key, snapshots: []layout.SnapshotKey{snap}}
+		err = s.hold(ctx, out.snapshots)
+		if try == holdTries || !errors.Is(err, errdefs.ErrNotFound) {
+			return out, err
+		}
+	}
 }
 
 // explain gives an error of the frontend a kind.

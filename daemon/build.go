@@ -122,17 +122,21 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 	for _, c := range candidates {
 		d, err := b.e.unpacked(ctx, c)
 		if err == nil && d.Target.Digest == resolved {
-			return d.Snapshot, nil
+			return d.Snapshot, b.e.images.Touch(ctx, c)
 		}
 		if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
 			return "", err
 		}
 	}
 	options := image.PullOptions{Platform: platforms.Only(platform)}
-	pulled, err := b.e.imagesFor(b.registry, ref).Pull(ctx, ref, options)
-	if err != nil {
-		return "", err
+	for try := 1; ; try++ {
+		pulled, err := b.e.imagesFor(b.registry, ref).Pull(ctx, ref, options)
+		if err != nil {
+			return "", err
+		}
+		d, err := b.e.images.Inspect(ctx, pulled.Name)
+		if try == useTries || !errors.Is(err, errdefs.ErrNotFound) {
+			return d.Snapshot, err
+		}
 	}
-	d, err := b.e.images.Inspect(ctx, pulled.Name)
-	return d.Snapshot, err
 }

@@ -23,20 +23,41 @@ import (
 func (e *Engine) Create(ctx context.Context, req varve.CreateRequest, progress func(varve.Event)) (varve.Container, error) {
 	var out varve.Container
 	err := e.healing(ctx, req.Registry, func() error {
-		details, err := e.imageToRun(ctx, req, progress)
-		if err != nil {
-			return err
+		for try := 1; ; try++ {
+			details, err := e.imageToRun(ctx, req, progress)
+			if err != nil {
+				return err
+			}
+			spec, err := specOf(req, details.Image.Config)
+			if err != nil {
+				return err
+			}
+			from := containers.Image{Name: req.Image, Config: details.JSON, Top: details.Snapshot}
+			id, dir, err := e.containers.Create(ctx, from, spec)
+			if err == nil {
+				out = varve.Container{ID: string(id), Dir: dir}
+				return e.touch(ctx, req.Image)
+			}
+			if try == useTries || !errors.Is(err, errdefs.ErrNotFound) {
+				return err
+			}
 		}
-		spec, err := specOf(req, details.Image.Config)
-		if err != nil {
-			return err
-		}
-		from := containers.Image{Name: req.Image, Config: details.JSON, Top: details.Snapshot}
-		id, dir, err := e.containers.Create(ctx, from, spec)
-		out = varve.Container{ID: string(id), Dir: dir}
-		return err
 	})
 	return out, err
+}
+
+// useTries is how often an image is brought that is removed, or evicted, between
+// its pull and its use.
+const useTries = 3
+
+// touch notes that an image is used; for one that was named by its id nothing
+// does.
+func (e *Engine) touch(ctx context.Context, name string) error {
+	ref, err := image.ParseRef(name)
+	if err != nil {
+		return nil
+	}
+	return e.images.Touch(ctx, ref.String())
 }
 
 // Commit implements varve.Containers.
@@ -85,10 +106,15 @@ func (e *Engine) imageToRun(ctx context.Context, req varve.CreateRequest, progre
 	default:
 		return image.Details{}, fmt.Errorf("pull policy %q is not missing, always or never: %w", req.Pull, errdefs.ErrInvalidArgument)
 	}
-	if _, err := e.Pull(ctx, pull, progress); err != nil {
-		return image.Details{}, err
+	for try := 1; ; try++ {
+		if _, err := e.Pull(ctx, pull, progress); err != nil {
+			return image.Details{}, err
+		}
+		d, err := e.images.Inspect(ctx, req.Image)
+		if try == useTries || !errors.Is(err, errdefs.ErrNotFound) {
+			return d, err
+		}
 	}
-	return e.images.Inspect(ctx, req.Image)
 }
 
 // unpacked looks at an image that is to be used, and unpacks it if it was not.

@@ -153,6 +153,9 @@ func (e *Engine) Prune(ctx context.Context, req varve.PruneRequest, progress fun
 		}
 	}
 	out.Bytes = e.trashed() - before
+	if progress != nil {
+		progress(varve.Event{ID: "prune", Name: "prune", Phase: varve.Done, Current: out.Bytes})
+	}
 	return out, err
 }
 

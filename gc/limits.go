@@ -25,7 +25,11 @@ type Limits struct {
 	// Retain says what becomes of blobs whose layers are unpacked and that a
 	// registry can serve again.
 	Retain Retain
-	// Pins are patterns of the names of images that no prune removes, as
+	// Images says whether images go that no container stands on, for want of
+	// space.
+	Images Images
+	// Pins are patterns of the names of images that neither want of space
+	// nor a prune removes, as
 	// path.Match has them: "docker.io/library/*".
 	Pins []string
 	// Downloads is how long a download that was cut off waits to be gone on
@@ -45,6 +49,15 @@ const (
 	RetainAll Retain = "all"
 	// RetainMinimal drops them once their layers are unpacked.
 	RetainMinimal Retain = "minimal"
+)
+
+// Images is what becomes of images when space is short.
+type Images string
+
+// The ways to keep images.
+const (
+	KeepImages  Images = "keep"  // they are the users' to remove, which is the default
+	EvictImages Images = "evict" // the longest unused go, as in a cache
 )
 
 // defaultDownloads is the age of forgotten downloads.
@@ -78,6 +91,11 @@ func (l Limits) Check() error {
 		if n < 0 {
 			return fmt.Errorf("limit %s is %d, less than nothing: %w", name, n, errdefs.ErrInvalidArgument)
 		}
+	}
+	switch l.Images {
+	case "", KeepImages, EvictImages:
+	default:
+		return fmt.Errorf("limit images is %q, not keep or evict: %w", l.Images, errdefs.ErrInvalidArgument)
 	}
 	for _, p := range l.Pins {
 		if _, err := path.Match(p, ""); err != nil {

@@ -50,9 +50,13 @@ func (c *Collector) short(l Limits, claimed, written, extra int64) int64 {
 	return short
 }
 
+// metadataRoom is what the database and small files beside it may grow by until
+// somebody asks again.
+const metadataRoom = 1 << 20
+
 // taken is what the store takes of the disk, but for what is on its way.
 func (c *Collector) taken() int64 {
-	sum := c.disk.fixed() + c.disk.metadata() + c.Blobs.Unfinished()
+	sum := int64(metadataRoom) + c.disk.fixed() + c.disk.metadata() + c.Blobs.Unfinished()
 	for name, u := range c.DB.Accounts() {
 		switch name {
 		case layout.AccountSpareBlobs, layout.AccountSpareLayers: // part of others
@@ -83,7 +87,8 @@ func (c *Collector) makeRoom(ctx context.Context, l Limits, bytes int64) (freed 
 }
 
 // release removes what can be had again, the cheapest first: downloads that were
-// cut off, blobs that a registry can serve again, build results.
+// cut off, blobs that a registry can serve again, build results, and images if they
+// may go.
 func (c *Collector) release(ctx context.Context, l Limits, bytes int64) (freed int64, err error) {
 	for _, from := range []func(context.Context, int64) (int64, error){
 		func(ctx context.Context, _ int64) (int64, error) { return c.Blobs.DropUnfinished(ctx, time.Now()) },
@@ -94,6 +99,12 @@ func (c *Collector) release(ctx context.Context, l Limits, bytes int64) (freed i
 			return c.dropBlobs(ctx, n)
 		},
 		c.shrinkCache,
+		func(ctx context.Context, n int64) (int64, error) {
+			if l.Images != EvictImages {
+				return 0, nil
+			}
+			return c.dropImages(ctx, l, n)
+		},
 	} {
 		n, err := from(ctx, bytes-freed)
 		if freed += n; err != nil || freed >= bytes {

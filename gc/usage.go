@@ -43,7 +43,7 @@ func (c *Collector) Usage() Usage {
 		Metadata: c.disk.metadata(), Fixed: c.disk.fixed(), Unfinished: c.Blobs.Unfinished(), InFlight: claimed,
 		Images: all[layout.AccountImages].Count, Results: all[layout.AccountCache].Count, NumContainers: all[layout.AccountContainers].Count,
 	}
-	u.Total = c.taken() + claimed
+	u.Total = c.taken() - metadataRoom + claimed
 	u.Free, _ = c.disk.free()
 	return u
 }

@@ -28,7 +28,7 @@ type assembly struct {
 	lease   *metadata.Lease
 	endTurn func()
 	barrier *durable.Barrier
-	space   *budget.Claim // set aside for what is to come
+	space   *budget.Claim                     // set aside for what is to come
 	found   map[digest.Digest]bool            // blobs in the store, held by the lease
 	fresh   map[digest.Digest]*content.Ingest // whole and verified
 	order   []digest.Digest                   // of fresh

@@ -156,6 +156,29 @@ func (s *Store) namesOf(ctx context.Context, target ocispec.Descriptor) (names [
 	return names, err
 }
 
+// touchEvery is how exact the time of an image's last use is.
+const touchEvery = time.Minute
+
+// Touch notes that an image is used, by one of its full names; "" is none.
+func (s *Store) Touch(ctx context.Context, name string) error {
+	now := time.Now().UTC()
+	rec, err := s.image(ctx, name)
+	if errors.Is(err, errdefs.ErrNotFound) || err == nil && now.Sub(rec.LastUse()) < touchEvery {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.db.Update(ctx, func(tx *metadata.Tx) error {
+		rec, err := tx.Images().Get(name)
+		if errors.Is(err, errdefs.ErrNotFound) {
+			return nil // removed meanwhile
+		}
+		rec.Used = now
+		return errors.Join(err, tx.Images().Put(name, rec))
+	})
+}
+
 // Tag gives the image that source names (a name or an id) one more name,
 // taking it from whatever had it. Errors: ErrNotFound, ErrInvalidArgument for
 // a name with a digest.

@@ -71,7 +71,7 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 	if whole, err := s.isWhole(ctx, ref.String(), p); err != nil {
 		return done, err
 	} else if whole {
-		return done, s.db.Settle(ctx)
+		return done, errors.Join(s.Touch(ctx, ref.String()), s.db.Settle(ctx))
 	}
 	done.Fresh = true
 	a, err := s.assemble(ctx, "pull "+ref.Familiar(), ref.Repository(), p.blobs())

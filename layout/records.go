@@ -165,6 +165,17 @@ type ImageRecord struct {
 	Created time.Time          `json:"created"`
 	Updated time.Time          `json:"updated"`
 	Labels  map[string]string  `json:"labels,omitempty"`
+	// Used is when it was last pulled, built on or run, more or less; zero:
+	// not since Updated.
+	Used time.Time `json:"used,omitzero"`
+}
+
+// LastUse is when the image was last used.
+func (r ImageRecord) LastUse() time.Time {
+	if r.Used.After(r.Updated) {
+		return r.Used
+	}
+	return r.Updated
 }
 
 // ContainerRecord is a container whose directory is [ContainerPath].

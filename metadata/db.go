@@ -46,7 +46,7 @@ type DB struct {
 	committing sync.Mutex // held for a commit and its line, and while the log is exchanged
 
 	committed atomic.Uint64                   // the number of the last commit; see notBefore
-	trashed   atomic.Int64 // bytes that were queued for the trash since it was opened
+	trashed   atomic.Int64                    // bytes that were queued for the trash since it was opened
 	accounts  atomic.Pointer[layout.Accounts] // of the last commit
 }
 

@@ -22,11 +22,12 @@ type gcConfig struct {
 	CacheAge  string   `toml:"cache_age"` // of a build result that is not used, such as "720h"; default: no limit
 	Retain    string   `toml:"retain"`    // of blobs that a registry can serve again: all, referenced (default), minimal
 	Downloads string   `toml:"downloads"` // how long one that was cut off waits, such as "24h"; default: a week
-	Pins      []string `toml:"pins"`      // patterns of names of images that no prune removes
+	Images    string   `toml:"images"`    // that no container stands on, when space is short: keep (default), evict
+	Pins      []string `toml:"pins"`      // patterns of names of images that neither want of space nor a prune removes
 }
 
 func (c gcConfig) limits() (l gc.Limits, err error) {
-	l = gc.Limits{Retain: gc.Retain(c.Retain), Pins: c.Pins}
+	l = gc.Limits{Retain: gc.Retain(c.Retain), Images: gc.Images(c.Images), Pins: c.Pins}
 	for _, f := range []struct {
 		name, text string
 		into       *int64
