@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse deep online clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online clean
 
 all: build
 
@@ -104,6 +104,11 @@ heal: deps
 # STORES stores after hard use, in which a check finds nothing.
 harduse: deps
 	STORES=$(or $(STORES),50) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run TestHardUse ./internal/corrupttest
+
+# BUILDS builds and PULLS pulls in stores with room for few, whose size is looked
+# at ten times a second.
+limits: deps
+	BUILDS=$(or $(BUILDS),200) PULLS=$(or $(PULLS),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 1h -v ./internal/limittest
 
 # A deep check beside sha256sum over the same files, and its memory on a store
 # of a million; a loop of pull and run alone and beside a check with --rate.
