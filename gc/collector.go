@@ -42,15 +42,16 @@ type Collector struct {
 	mu   sync.Mutex // guards the rest
 	hand hand
 	uses map[string]int // cache mounts of steps that run
-	// dropping are cache mounts on their way to the trash; closed when there.
-	dropping map[string]chan struct{}
+	// dropping are cache mounts on their way to the trash, measuring those that
+	// are looked at after a step; closed when that is over.
+	dropping, measuring map[string]chan struct{}
 }
 
 // New returns the collector of the store that c belongs to, and starts it. It
 // ends with Close.
 func New(c Config) *Collector {
 	ctx, cancel := context.WithCancel(context.Background())
-	g := &Collector{Config: c, evicting: make(chan struct{}, 1), uses: map[string]int{}, dropping: map[string]chan struct{}{}, kick: make(chan struct{}, 1), ctx: ctx, stop: cancel}
+	g := &Collector{Config: c, evicting: make(chan struct{}, 1), uses: map[string]int{}, dropping: map[string]chan struct{}{}, measuring: map[string]chan struct{}{}, kick: make(chan struct{}, 1), ctx: ctx, stop: cancel}
 	g.disk = disk{root: c.Root}
 	g.space = budget.New(rules{g})
 	g.done.Go(func() { g.loop(ctx) })

@@ -161,12 +161,26 @@ func (c *Collector) measureOne(ctx context.Context, rel, owner string) error {
 	}
 	rec.Took = time.Since(begin)
 	return c.DB.Update(ctx, func(tx *metadata.Tx) error {
-		// It may have gone meanwhile, and its measure with it.
-		if _, err := os.Lstat(c.Root.Path(rel)); err != nil {
-			return nil
+		if gone(tx, rel) {
+			return nil // meanwhile, and its measure with it
 		}
 		return tx.Measures().Put(rel, rec)
 	})
+}
+
+// gone tells whether a writable layer or a container's directory has been
+// removed. Of others there is no record: who removes a cache mount waits until it
+// is measured.
+func gone(tx *metadata.Tx, rel string) bool {
+	dir, name := path.Split(rel)
+	switch dir {
+	case layout.ActiveDir + "/":
+		return !tx.Referenced(layout.ActiveNode(layout.LayerID(name)))
+	case layout.ContainersDir + "/":
+		id := layout.ContainerID(name)
+		return !tx.Containers().Has(id) && !tx.Referenced(layout.ContainerNode(id))
+	}
+	return false
 }
 
 // forgetMeasures drops the records of directories that are not there any more.

@@ -40,17 +40,41 @@ func (c *Collector) UseMount(ctx context.Context, key string) (end func(), err e
 		defer c.mu.Unlock()
 		if c.uses[key]--; c.uses[key] == 0 {
 			delete(c.uses, key)
-			// What the step has written counts from here on.
-			c.done.Go(func() { _ = c.measureOne(c.ctx, layout.CacheMountPath(key), "") })
+			c.measureMount(key)
 		}
 	}, nil
 }
 
+// measureMount has a cache mount measured after a step: what it has written
+// counts from here on. The caller holds mu.
+func (c *Collector) measureMount(key string) {
+	if c.measuring[key] != nil {
+		return
+	}
+	over := make(chan struct{})
+	c.measuring[key] = over
+	c.done.Go(func() {
+		_ = c.measureOne(c.ctx, layout.CacheMountPath(key), "")
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.measuring, key)
+		close(over)
+	})
+}
+
 // unused keeps a cache mount from being used until end is called, if nobody uses
 // it.
-func (c *Collector) unused(key string) (end func(), ok bool) {
+func (c *Collector) unused(ctx context.Context, key string) (end func(), ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for over := c.measuring[key]; over != nil && ctx.Err() == nil; over = c.measuring[key] {
+		c.mu.Unlock()
+		select {
+		case <-over:
+		case <-ctx.Done():
+		}
+		c.mu.Lock()
+	}
 	if c.uses[key] > 0 || c.dropping[key] != nil {
 		return nil, false
 	}
@@ -98,16 +122,16 @@ func (c *Collector) dropMounts(ctx context.Context, bytes int64, before time.Tim
 // in use.
 func (c *Collector) dropMount(ctx context.Context, key string) (int64, error) {
 	rel := layout.CacheMountPath(key)
+	end, ok := c.unused(ctx, key)
+	if !ok {
+		return -1, ctx.Err()
+	}
+	defer end()
 	if !c.known(ctx, rel) {
 		if err := c.measureOne(ctx, rel, ""); err != nil {
 			return -1, err
 		}
 	}
-	end, ok := c.unused(key)
-	if !ok {
-		return -1, nil
-	}
-	defer end()
 	var took int64
 	err := c.Journal.Trash(ctx, layout.MountNode(key), func(tx *metadata.Tx) (layout.Usage, error) {
 		rec, err := tx.Measures().Get(rel)
