@@ -36,8 +36,10 @@ func TestBuildsWithinACap(t *testing.T) {
 			base := load(t, e, testkit.Busybox(t))
 			limit := limits.Size
 			if limit == 0 {
-				// Beside the cache: the base, the images, the database.
-				limit = limits.Cache + settled(dir) + 24*mib
+				// Beside the cache: the base; of each of two builds what its image
+				// needs, as trees and as blobs, and as much again that the next one
+				// holds while it runs.
+				limit = limits.Cache + settled(dir) + 2*2*13*mib
 			}
 			w := watched(dir, limit)
 			n := number(t, "BUILDS", 12)
@@ -97,7 +99,7 @@ func load(t *testing.T, e *daemon.Engine, img testkit.Image) string {
 // often than others, four at a time, in a store that has room for few and evicts
 // the longest unused.
 func TestPullsWithinACap(t *testing.T) {
-	const images, layerMiB = 16, 3
+	const images, layerMiB = 40, 3
 	limits := gc.Limits{Size: 64 * mib, Images: gc.EvictImages}
 	e, dir := open(t, limits)
 	registry := testkit.Registry(t)
@@ -106,7 +108,7 @@ func TestPullsWithinACap(t *testing.T) {
 		registry.Push(t, image(t, fmt.Sprint("image", i), shared, random(layerMiB*mib, byte(i))), fmt.Sprintf("image%d:1", i))
 	}
 	w := watched(dir, limits.Size)
-	n := number(t, "PULLS", 48)
+	n := number(t, "PULLS", 80)
 	var pulled, there atomic.Int64
 	var g errgroup.Group
 	for worker := range uint64(4) {
