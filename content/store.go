@@ -131,6 +131,12 @@ func (s *Store) lock(id layout.IngestID) bool {
 	return true
 }
 
+func (s *Store) isOpen(id layout.IngestID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.open[id]
+}
+
 func (s *Store) unlock(id layout.IngestID) {
 	bytes := s.takes(id)
 	s.mu.Lock()

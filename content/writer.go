@@ -178,9 +178,13 @@ func (s *Store) ListStatuses(ctx context.Context, fs ...string) ([]ccontent.Stat
 	}
 	var out []ccontent.Status
 	for _, e := range entries {
-		st, err := s.status(layout.IngestID(e.Name()))
-		if errors.Is(err, errdefs.ErrNotFound) {
-			continue // ended between the listing and now
+		id := layout.IngestID(e.Name())
+		st, err := s.status(id)
+		if errdefs.AsCorrupt(err) != nil && !s.isOpen(id) {
+			st, err = s.status(id) // it was just beginning, and has ended
+		}
+		if errors.Is(err, errdefs.ErrNotFound) || errdefs.AsCorrupt(err) != nil && s.isOpen(id) {
+			continue // ended between the listing and now, or is just beginning
 		}
 		if err != nil {
 			return nil, err

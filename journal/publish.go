@@ -72,9 +72,10 @@ func (j *Journal) intend(ctx context.Context, id layout.IntentID, in layout.Inte
 	for {
 		moved := j.nextMove()
 		var busy bool
+		var met fence
 		err := j.db.Update(ctx, func(tx *metadata.Tx) error {
 			var err error
-			if busy, err = j.takeBack(tx, in.Blobs); err != nil || busy {
+			if busy, met, err = j.takeBack(tx, in.Blobs); err != nil || busy {
 				return err
 			}
 			if err := hold(tx, id, in); err != nil {
@@ -82,6 +83,13 @@ func (j *Journal) intend(ctx context.Context, id layout.IntentID, in layout.Inte
 			}
 			return tx.Intents().Put(id, in)
 		})
+		switch {
+		case err != nil || busy:
+		case met == takenBack:
+			durable.At(layout.PointFenceTaken)
+		case met == trashedBefore:
+			durable.At(layout.PointFenceTrashed)
+		}
 		if err != nil || !busy {
 			return err
 		}
@@ -94,10 +102,19 @@ func (j *Journal) intend(ctx context.Context, id layout.IntentID, in layout.Inte
 	}
 }
 
+// fence is how a publication met the removal of what has its name.
+type fence int
+
+const (
+	unmet         fence = iota
+	takenBack           // the removal had not begun, and is called off
+	trashedBefore       // what was removed is in the trash
+)
+
 // takeBack drops the unclaimed sweeps of blobs that are published again. Of a
 // claimed one whose file is in the trash by now, the sweep is of that from here
 // on, and not of what gets its name; it tells whether one has to be waited for.
-func (j *Journal) takeBack(tx *metadata.Tx, blobs []layout.BlobMove) (busy bool, err error) {
+func (j *Journal) takeBack(tx *metadata.Tx, blobs []layout.BlobMove) (busy bool, met fence, err error) {
 	var drop []string
 	trashed := map[string]layout.SweepRecord{}
 	for _, m := range blobs {
@@ -116,20 +133,22 @@ func (j *Journal) takeBack(tx *metadata.Tx, blobs []layout.BlobMove) (busy bool,
 			return nil
 		})
 		if err != nil || busy {
-			return busy, err
+			return busy, met, err
 		}
 	}
 	for _, id := range drop {
+		met = takenBack
 		if err := tx.Sweeps().Delete(id); err != nil {
-			return false, err
+			return false, met, err
 		}
 	}
 	for id, s := range trashed {
+		met = trashedBefore
 		if err := tx.Sweeps().Put(id, s); err != nil {
-			return false, err
+			return false, met, err
 		}
 	}
-	return false, nil
+	return false, met, nil
 }
 
 // hold keeps what the intent needs and what it takes over until it is carried

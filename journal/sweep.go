@@ -279,7 +279,7 @@ func (j *Journal) Trash(ctx context.Context, n layout.Node, prepare func(*metada
 	if err != nil {
 		return fmt.Errorf("remove %s: %w", n, err)
 	}
-	durable.At(layout.PointSweepClaimed)
+	durable.At(layout.PointCacheMountClaimed)
 	if err := j.toTrash(rows); err != nil {
 		return fmt.Errorf("remove %s: %w: %w", n, ErrIntended, err)
 	}

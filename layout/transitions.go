@@ -46,7 +46,11 @@ const (
 
 	PointContainerMade = "container.made"
 
-	PointCacheMountBegun = "cachemount.begun"
+	PointCacheMountBegun   = "cachemount.begun"
+	PointCacheMountClaimed = "cachemount.claimed"
+
+	PointFenceTaken   = "fence.taken"
+	PointFenceTrashed = "fence.trashed"
 
 	PointRepairMade  = "repair.made"
 	PointRepairGiven = "repair.given"
@@ -93,6 +97,8 @@ func Transitions() []Transition {
 
 		{"T-M1", "cache mount", "cachemounts/<key>.new, what it begins with not all copied", Back, "it is removed", PointCacheMountBegun},
 
+		{"T-M2", "cache mount", "a claimed sweep of a cache mount, which stands where it stood", Forward, "recovery moves it to the trash before anybody uses its name", PointCacheMountClaimed},
+
 		{"T-Q1", "repair", "quarantine/<id> with good files that have no names in the layer yet", Stay, "none: the next check finds what is still bad", PointRepairMade},
 		{"T-Q2", "repair", "quarantine/<id> with what was bad, the good files in its place, directories' times perhaps not set", Stay, "none: the next check finds a wrong time", PointRepairGiven},
 
@@ -100,5 +106,8 @@ func Transitions() []Transition {
 		{"T-R2", "remove", "a claimed sweep, the files where they stood", Forward, "the files are renamed to the trash", PointSweepClaimed},
 		{"T-R3", "remove", "a claimed sweep, the files in the trash", Forward, "they are deleted", PointSweepTrashed},
 		{"T-R4", "remove", "a claimed sweep, no files", Forward, "the sweep is dropped", PointSweepDeleted},
+
+		{"T-F1", "fence", "an intent for a blob whose name still has the file of a record that was removed, no sweep of it", Forward, "as T-P2; the file that has the name stays if it has the size", PointFenceTaken},
+		{"T-F2", "fence", "an intent for a blob or its record, a claimed sweep of trash/<id>, which has the file that the blob's name had before", Forward, "as T-P2; the sweep is of what is in the trash alone", PointFenceTrashed},
 	}
 }
