@@ -30,7 +30,7 @@ type Options struct {
 	With  []string     // invariants to check beyond the level, by number
 	// DB is the open database of a store that is in use; nil opens the file
 	// read-only, which needs the store to be closed.
-	DB *bolt.DB
+	DB Database
 	// Online says that operations may be under way. DB implies it: nobody
 	// else can have a database open that is not in use. Without DB it is
 	// refused, for the database's lock keeps a second process out.
@@ -60,6 +60,11 @@ type Options struct {
 	// Progress is told of bytes read and to read, from several goroutines.
 	// May be nil.
 	Progress func(done, total int64)
+}
+
+// Database is what is read of a database that somebody has open.
+type Database interface {
+	View(func(*bolt.Tx) error) error
 }
 
 const maxWorkers = 8

@@ -25,7 +25,11 @@ import (
 
 func (s *store) check(t *testing.T, level layout.Level) *fsck.Report {
 	t.Helper()
-	r, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, DB: s.db, Boot: "this-boot", Level: level})
+	opts := fsck.Options{Root: s.dir, Boot: "this-boot", Level: level}
+	if s.db != nil {
+		opts.DB = s.db
+	}
+	r, err := fsck.Run(t.Context(), opts)
 	must(t, err)
 	return r
 }

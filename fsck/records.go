@@ -98,10 +98,10 @@ func (c *checker) load() (err error) {
 	}()
 	db := c.opts.DB
 	if db == nil {
-		if db, err = c.open(&file); db == nil {
+		if c.db, err = c.open(&file); c.db == nil {
 			return err
 		}
-		c.db = db
+		db = c.db
 	}
 	rec := newRecords()
 	if err := db.View(func(tx *bolt.Tx) error { return c.read(tx, rec) }); err != nil {

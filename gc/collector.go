@@ -139,9 +139,33 @@ func (c *Collector) Settle(ctx context.Context, l Limits) error {
 		_, cerr := c.shrinkCache(ctx, over)
 		err = errors.Join(err, cerr)
 	}
+	err = errors.Join(err, c.compact(ctx))
 	if short := c.short(l, 0, 0, 0); short > 0 {
 		_, serr := c.makeRoom(ctx, l, short)
 		err = errors.Join(err, serr)
+	}
+	return err
+}
+
+// compact has the database written anew if more than half of it is free. What
+// that takes meanwhile is claimed; with no room for it the database stays as it
+// is.
+func (c *Collector) compact(ctx context.Context) error {
+	live, worth, err := c.DB.WorthCompacting()
+	if err != nil || !worth {
+		return err
+	}
+	claim := c.space.Claim("compact the database")
+	defer claim.Release()
+	if c.short(c.Limits, 0, 0, live) > 0 {
+		return nil
+	}
+	if err := claim.Write(ctx, live); err != nil {
+		return err
+	}
+	err = c.DB.Compact(ctx)
+	if errors.Is(err, errdefs.ErrResourceExhausted) || errors.Is(err, errdefs.ErrUnavailable) {
+		return nil // later
 	}
 	return err
 }

@@ -60,6 +60,9 @@ const (
 	PointSweepTrashed  = "sweep.trashed"
 	PointSweepDeleted  = "sweep.deleted"
 
+	PointCompactMade      = "compact.made"
+	PointCompactPublished = "compact.published"
+
 	PointCreateDirs      = "create.dirs"
 	PointCreateDatabase  = "create.database"
 	PointCreatePublished = "create.published"
@@ -74,6 +77,9 @@ func Transitions() []Transition {
 		{"T-C1", "create", "directories, no database", Forward, "creation goes on; every step may be repeated", PointCreateDirs},
 		{"T-C2", "create", "directories, a database under its temporary name", Back, "the temporary database is removed and made again", PointCreateDatabase},
 		{"T-C3", "create", "the database under its name", Stay, "none", PointCreatePublished},
+
+		{"T-Z1", "compact", "the database, and what it holds once more under the temporary name", Back, "the one under the temporary name is removed", PointCompactMade},
+		{"T-Z2", "compact", "the database, written anew", Stay, "none", PointCompactPublished},
 
 		{"T-N1", "ingest", "ingest/<id> that nobody can go on with: without info or data, with a torn info, or private", Back, "it is removed", PointIngestOpened},
 		{"T-N2", "ingest", "ingest/<id> with some of the data", Resume, "the next writer hashes what is there and goes on behind it; if the blob has come another way it is removed", PointIngestPartial},

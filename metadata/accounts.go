@@ -90,7 +90,6 @@ func (tx *Tx) disuse(e layout.Edge) error {
 
 // spread carries the beginning or the end of a use down to whatever it changes.
 func (tx *Tx) spread(e layout.Edge, begins bool) error {
-	uses := tx.bolt.Bucket([]byte(layout.BucketUses))
 	todo := []layout.Edge{e}
 	for len(todo) > 0 {
 		e := todo[len(todo)-1]
@@ -98,9 +97,9 @@ func (tx *Tx) spread(e layout.Edge, begins bool) error {
 		was := tx.inUse(e.Child)
 		var err error
 		if begins {
-			err = put(uses, e.Key(), nil)
+			err = tx.put(layout.BucketUses, e.Key(), nil)
 		} else {
-			err = remove(uses, e.Key())
+			err = tx.remove(layout.BucketUses, e.Key())
 		}
 		if err != nil {
 			return err
@@ -150,7 +149,7 @@ func (tx *Tx) Recount() error {
 	uses := tx.bolt.Bucket([]byte(layout.BucketUses))
 	c := uses.Cursor()
 	for k, _ := c.First(); k != nil; k, _ = c.First() {
-		if err := remove(uses, k); err != nil {
+		if err := tx.remove(layout.BucketUses, k); err != nil {
 			return err
 		}
 	}

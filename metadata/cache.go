@@ -51,7 +51,7 @@ func (tx *Tx) PutCache(key string, rec layout.CacheRecord) error {
 			}
 		}
 	}
-	return put(tx.bolt.Bucket([]byte(layout.BucketCacheByUse)), useKey(key, rec.LastUse), nil)
+	return tx.put(layout.BucketCacheByUse, useKey(key, rec.LastUse), nil)
 }
 
 func holdsSnapshot(rec layout.CacheRecord, n layout.Node) bool {
@@ -105,7 +105,7 @@ func (tx *Tx) dropUse(key string) error {
 	if err != nil {
 		return err
 	}
-	return remove(tx.bolt.Bucket([]byte(layout.BucketCacheByUse)), useKey(key, rec.LastUse))
+	return tx.remove(layout.BucketCacheByUse, useKey(key, rec.LastUse))
 }
 
 func (tx *Tx) eraseCache(key string) error {

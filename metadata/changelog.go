@@ -58,7 +58,7 @@ func (l *changeLog) stage(tx *Tx) (line []byte, err error) {
 	l.mu.Unlock()
 	c := tail.Cursor()
 	for k, _ := c.First(); k != nil && string(k) <= layout.TailKey(synced); k, _ = c.First() {
-		if err := remove(tail, k); err != nil {
+		if err := tx.remove(layout.BucketLogTail, k); err != nil {
 			return nil, err
 		}
 	}

@@ -63,7 +63,7 @@ func TestSumsAreKept(t *testing.T) {
 // Whatever shape bbolt gives its trees, the check finds nothing wrong with it.
 func TestTreesOfAnyShape(t *testing.T) {
 	db := newDB(t)
-	db.bolt.StrictMode = false // it takes longer than all the rest
+	db.h.bolt.StrictMode = false // it takes longer than all the rest
 	r := rand.New(rand.NewPCG(2, 1))
 	for range treeRounds {
 		from, width := r.IntN(6000), 1+r.IntN(600)
@@ -167,7 +167,7 @@ func TestDatabaseThatGoesBack(t *testing.T) {
 		put := func(i int) error {
 			return db.Update(t.Context(), func(tx *Tx) error { return tx.Blobs().Put(digestOf(i), layout.BlobRecord{}) })
 		}
-		for i := 0; i == 0 || db.committed.Load()%2 != uint64(newest); i++ {
+		for i := 0; i == 0 || db.h.committed.Load()%2 != uint64(newest); i++ {
 			must(t, put(i))
 		}
 		select {
@@ -205,7 +205,7 @@ func TestDatabaseThatWentBackIsRefused(t *testing.T) {
 	old, err := os.ReadFile(filepath.Join(dir, layout.DatabaseFile))
 	must(t, err)
 	must(t, db.NewLease("gone").Make(t.Context()))
-	newest := int64(db.committed.Load()%2) * 4096
+	newest := int64(db.h.committed.Load()%2) * 4096
 	overwrite(t, dir, newest, old[newest:newest+4096]) // as if it had not been written
 	if err := db.View(t.Context(), func(*Tx) error { return nil }); errdefs.AsCorrupt(err) == nil {
 		t.Errorf("view: %v", err)
@@ -346,7 +346,7 @@ func TestCommitBehindALock(t *testing.T) {
 	root := openRoot(t, dir)
 	db, err := Open(root, Options{})
 	must(t, err)
-	lock, err := db.bolt.Begin(true) // held for ever
+	lock, err := db.h.bolt.Begin(true) // held for ever
 	must(t, err)
 	defer lock.Rollback()
 	ended := make(chan error, 1)

@@ -132,13 +132,14 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 	var number uint64
 	var accounts layout.Accounts
 	var trashed int64
+	h := db.h // nobody exchanges it meanwhile
 	err = db.guard(func() error {
-		return db.bolt.Update(func(btx *bolt.Tx) error {
+		return h.bolt.Update(func(btx *bolt.Tx) error {
 			// A write transaction has the number of its commit.
-			if err := notBefore(btx, db.committed.Load()+1); err != nil {
+			if err := notBefore(btx, h.committed.Load()+1); err != nil {
 				return err
 			}
-			tx := &Tx{bolt: btx, changes: new([]layout.Change)}
+			tx := &Tx{bolt: btx, h: h, changes: new([]layout.Change), touched: db.touched}
 			for i, u := range group {
 				if u.fn == nil {
 					continue
@@ -159,7 +160,7 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 		return -1, db.commitFailed(err)
 	}
 	if err == nil {
-		db.committed.Store(number)
+		h.committed.Store(number)
 		db.accounts.Store(&accounts)
 		db.trashed.Add(trashed)
 		db.commits.add(len(group))

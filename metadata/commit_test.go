@@ -23,7 +23,7 @@ import (
 // Callers that wait for one commit share the next.
 func TestGroupCommit(t *testing.T) {
 	db := newDB(t)
-	db.bolt.StrictMode = false
+	db.h.bolt.StrictMode = false
 	before, _ := db.Commits()
 	const callers, each = 32, 20
 	var wg sync.WaitGroup
@@ -174,7 +174,7 @@ func TestFailedCommitPoisons(t *testing.T) {
 	ro, err := os.Open(db.path)
 	must(t, err)
 	defer ro.Close()
-	must(t, unix.Dup3(int(ro.Fd()), int(db.file.Fd()), unix.O_CLOEXEC))
+	must(t, unix.Dup3(int(ro.Fd()), int(db.h.file.Fd()), unix.O_CLOEXEC))
 	for i := 2; i < 4; i++ {
 		if err := put(i); !errors.Is(err, errdefs.ErrPoisoned) {
 			t.Errorf("update %d: %v", i, err)
@@ -214,7 +214,7 @@ func TestPoisonedLeavesNothingInTheCache(t *testing.T) {
 			must(t, db.Update(t.Context(), func(tx *Tx) error { return tx.Blobs().Put(digestOf(i), layout.BlobRecord{}) }))
 		}
 		page := make([]byte, os.Getpagesize())
-		_, err = db.file.ReadAt(page, newestMetaPage(t, db.file))
+		_, err = db.h.file.ReadAt(page, newestMetaPage(t, db.h.file))
 		must(t, err)
 		disk.Spoil(t, page)
 		if poisoned {

@@ -29,8 +29,8 @@ var errClosed = fmt.Errorf("the store is being closed: %w", errdefs.ErrUnavailab
 type DB struct {
 	root    *durable.Root
 	path    string
-	bolt    *bolt.DB
-	file    *os.File    // bbolt's own
+	swap    sync.RWMutex // guards which handle it is
+	h       *handle
 	damage  mishap      // something was found damaged
 	broken  mishap      // bbolt has panicked
 	doubt   atomic.Bool // a commit failed: it may show in the file, and be on no disk
@@ -43,11 +43,29 @@ type DB struct {
 	log     *changeLog
 	rebuilt *layout.RebuiltRecord
 
-	committing sync.Mutex // held for a commit and its line, and while the log is exchanged
+	committing sync.Mutex // held for a commit and its line, and while the log or the file is exchanged
+	touched    *touched   // set while the database is compacted; guarded by committing
+	compacting sync.Mutex // held by whoever compacts
 
-	committed atomic.Uint64                   // the number of the last commit; see notBefore
-	trashed   atomic.Int64                    // bytes that were queued for the trash since it was opened
-	accounts  atomic.Pointer[layout.Accounts] // of the last commit
+	trashed  atomic.Int64                    // bytes that were queued for the trash since it was opened
+	accounts atomic.Pointer[layout.Accounts] // of the last commit
+}
+
+// handle is one file of the database, open in bbolt. Another takes its place when
+// the database is compacted.
+type handle struct {
+	bolt      *bolt.DB
+	file      *os.File       // bbolt's own
+	committed atomic.Uint64  // the number of its last commit; see notBefore
+	users     sync.WaitGroup // transactions under way
+}
+
+// enter returns the present handle, which stays open until leave is called.
+func (db *DB) enter() (h *handle, leave func()) {
+	db.swap.RLock()
+	defer db.swap.RUnlock()
+	db.h.users.Add(1)
+	return db.h, db.h.users.Done
 }
 
 // mishap is an error that comes once, and stays.
@@ -139,7 +157,7 @@ func open(root *durable.Root, opts Options) (*DB, error) {
 		return nil, err
 	}
 	db := &DB{
-		root: root, path: path, bolt: b, file: file, queue: make(chan *update), closing: make(chan struct{}),
+		root: root, path: path, h: &handle{bolt: b, file: file}, queue: make(chan *update), closing: make(chan struct{}),
 		damage: newMishap(), broken: newMishap(),
 	}
 	if err := db.start(note); err != nil {
@@ -150,12 +168,17 @@ func open(root *durable.Root, opts Options) (*DB, error) {
 
 // start makes a database ready that bbolt has open.
 func (db *DB) start(note suspicion) error {
-	db.committed.Store(note.commit)
+	db.h.committed.Store(note.commit)
 	if err := db.check(); err != nil {
 		return err
 	}
 	if note.stands { // everything was read, and is well
 		if err := db.root.Remove(layout.SuspectFile); err != nil {
+			return err
+		}
+	}
+	if stands(db.root, temporaryDatabase) { // of a compaction that was cut off
+		if err := db.root.Remove(temporaryDatabase); err != nil {
 			return err
 		}
 	}
@@ -231,13 +254,13 @@ func (db *DB) wait() {
 // is only made to let go of the file.
 func (db *DB) shut() error {
 	if db.broken.get() != nil {
-		unlock(db.file)
+		unlock(db.h.file)
 		return nil
 	}
 	if db.root.Poisoned() != nil {
 		return db.shutForgetting()
 	}
-	return db.bolt.Close()
+	return db.h.bolt.Close()
 }
 
 // shutForgetting closes bbolt and empties the page cache of its file. A sync
@@ -245,12 +268,12 @@ func (db *DB) shut() error {
 // next owner is to see what the disk has.
 func (db *DB) shutForgetting() error {
 	// The second descriptor keeps the lock meanwhile.
-	fd, err := unix.FcntlInt(db.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := unix.FcntlInt(db.h.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		return errors.Join(err, db.bolt.Close())
+		return errors.Join(err, db.h.bolt.Close())
 	}
 	defer unix.Close(fd)
-	return errors.Join(db.bolt.Close(), unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED))
+	return errors.Join(db.h.bolt.Close(), unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED))
 }
 
 // View runs fn in a read-only transaction on the last committed state. What
@@ -266,13 +289,15 @@ func (db *DB) View(ctx context.Context, fn func(*Tx) error) error {
 		return db.root.Poisoned()
 	}
 	defer faulting()()
-	floor := db.committed.Load()
+	h, leave := db.enter()
+	defer leave()
+	floor := h.committed.Load()
 	return db.suspect(db.guard(func() error {
-		return db.bolt.View(func(tx *bolt.Tx) error {
+		return h.bolt.View(func(tx *bolt.Tx) error {
 			if err := notBefore(tx, floor); err != nil {
 				return err
 			}
-			return protect(func() error { return fn(&Tx{bolt: tx}) })
+			return protect(func() error { return fn(&Tx{bolt: tx, h: h}) })
 		})
 	}))
 }
@@ -342,6 +367,16 @@ func faulting() func() {
 	return func() { debug.SetPanicOnFault(old) }
 }
 
-// ForCheck returns the open bbolt database, for package fsck to read while the
-// store is in use.
-func (db *DB) ForCheck() *bolt.DB { return db.bolt }
+// ForCheck returns the open database for package fsck to read, past all types,
+// while the store is in use.
+func (db *DB) ForCheck() Raw { return Raw{db} }
+
+// Raw reads an open database as bbolt has it.
+type Raw struct{ db *DB }
+
+// View runs fn in a read-only transaction of bbolt.
+func (r Raw) View(fn func(*bolt.Tx) error) error {
+	h, leave := r.db.enter()
+	defer leave()
+	return h.bolt.View(fn)
+}

@@ -75,7 +75,7 @@ func openDB(t testing.TB, dir string) *DB {
 	t.Helper()
 	db, err := Open(openRoot(t, dir), Options{})
 	must(t, err)
-	db.bolt.StrictMode = true
+	db.h.bolt.StrictMode = true
 	t.Cleanup(func() {
 		checkAccounts(t, db)
 		db.Close()

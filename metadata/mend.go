@@ -100,7 +100,7 @@ func (tx *Tx) DropCache(key string) error {
 		return nil
 	})
 	for _, k := range places {
-		err = errors.Join(err, remove(uses, k))
+		err = errors.Join(err, tx.remove(layout.BucketCacheByUse, k))
 	}
 	return errors.Join(err, tx.Drop(layout.CacheNode(key)))
 }

@@ -31,30 +31,48 @@ func openLocked(path string, wait time.Duration, ready func(*os.File) error) (*o
 	if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
 		return nil, &errdefs.Corrupt{Invariant: "M2", Object: "database " + path, Detail: fmt.Sprintf("it is no regular file but %v", fi.Mode().Type())}
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, err
+	for deadline := time.Now().Add(wait); ; {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err = lock(f, deadline); err == nil && !hasName(f, path) {
+			unlock(f) // another has taken its place meanwhile: see [DB.Compact]
+			continue
+		}
+		if err == nil {
+			err = ready(f)
+		}
+		if err != nil {
+			unlock(f)
+			return nil, err
+		}
+		return f, nil
 	}
-	deadline := time.Now().Add(wait)
+}
+
+// lock keeps other processes out of a file, and waits for them until deadline.
+func lock(f *os.File, deadline time.Time) error {
 	for {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if !errors.Is(err, unix.EWOULDBLOCK) {
-			break
+			return err
 		}
 		if !time.Now().Before(deadline) {
-			err = fmt.Errorf("%s: %w", path, ErrLocked)
-			break
+			return fmt.Errorf("%s: %w", f.Name(), ErrLocked)
 		}
 		time.Sleep(lockInterval)
 	}
-	if err == nil {
-		err = ready(f)
-	}
+}
+
+// hasName tells whether a name leads to the open file.
+func hasName(f *os.File, path string) bool {
+	mine, err := f.Stat()
 	if err != nil {
-		unlock(f)
-		return nil, err
+		return false
 	}
-	return f, nil
+	named, err := os.Lstat(path)
+	return err == nil && os.SameFile(mine, named)
 }
 
 // unlock lets go of the lock and the file. The lock is taken off by name: a
@@ -199,7 +217,7 @@ func fill(btx *bolt.Tx) error {
 // and the store record, whatever the number of records.
 func (db *DB) check() error {
 	return db.View(context.Background(), func(tx *Tx) error {
-		db.committed.Store(uint64(tx.bolt.ID()))
+		db.h.committed.Store(uint64(tx.bolt.ID()))
 		missing := func(bucket string) error {
 			return &errdefs.Corrupt{Invariant: "M2", Object: "database " + db.path, Detail: "bucket " + bucket + " is missing"}
 		}
@@ -253,7 +271,7 @@ var addedWithAccounts = []string{layout.BucketUses, layout.BucketMeasures}
 func (db *DB) migrate() error {
 	defer faulting()()
 	was := db.meta.Format
-	err := db.guard(func() error { return db.bolt.Update(db.upgrade) })
+	err := db.guard(func() error { return db.h.bolt.Update(db.upgrade) })
 	if err != nil {
 		return fmt.Errorf("store %s, from format %d to %d: %w", db.root.Path("."), was, layout.FormatVersion, db.commitFailed(err))
 	}
@@ -331,7 +349,9 @@ func (db *DB) suspect(err error) error {
 	if !stands(db.root, layout.SuspectFile) {
 		// The store may be poisoned, or the disk full: then the next
 		// opening has to find it by itself.
-		_ = db.root.WriteFile(layout.SuspectFile, fmt.Appendf(nil, "%d %s\n", db.committed.Load(), c.Error()), 0o600)
+		h, leave := db.enter()
+		defer leave()
+		_ = db.root.WriteFile(layout.SuspectFile, fmt.Appendf(nil, "%d %s\n", h.committed.Load(), c.Error()), 0o600)
 	}
 	db.damage.set(err)
 	return err

@@ -145,16 +145,9 @@ func (c *pageChecker) checkFreelist(id uint64) error {
 	if err := c.claim(id); err != nil {
 		return err
 	}
-	p, err := c.read(id, pageFreelist)
+	body, n, err := c.readFreelist(id)
 	if err != nil {
 		return err
-	}
-	body, n := p.data[pageHeaderLen:], uint64(p.count)
-	if p.count == 0xFFFF { // the true count comes first
-		n, body = le64(body), body[8:]
-	}
-	if n > uint64(len(body))/8 {
-		return fmt.Errorf("free list on page %d has %d entries in %d bytes", id, n, len(body))
 	}
 	last := uint64(0)
 	for i := range n {
@@ -168,6 +161,23 @@ func (c *pageChecker) checkFreelist(id uint64) error {
 		}
 	}
 	return nil
+}
+
+// readFreelist returns the entries of a free list, 8 bytes each, and how many
+// there are.
+func (c *pageChecker) readFreelist(id uint64) (body []byte, n uint64, err error) {
+	p, err := c.read(id, pageFreelist)
+	if err != nil {
+		return nil, 0, err
+	}
+	body, n = p.data[pageHeaderLen:], uint64(p.count)
+	if p.count == 0xFFFF { // the true count comes first
+		n, body = le64(body), body[8:]
+	}
+	if n > uint64(len(body))/8 {
+		return nil, 0, fmt.Errorf("free list on page %d has %d entries in %d bytes", id, n, len(body))
+	}
+	return body, n, nil
 }
 
 // depth is the number of branch pages above each leaf of the tree; all leaves

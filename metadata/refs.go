@@ -19,10 +19,10 @@ func (tx *Tx) Link(e layout.Edge) error {
 		}
 	}
 	tx.noteEdge(e, edgeThere)
-	if err := put(tx.bolt.Bucket([]byte(layout.BucketEdges)), e.Key(), nil); err != nil {
+	if err := tx.put(layout.BucketEdges, e.Key(), nil); err != nil {
 		return err
 	}
-	if err := put(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey(), nil); err != nil {
+	if err := tx.put(layout.BucketEdgesBack, e.BackKey(), nil); err != nil {
 		return err
 	}
 	if !tx.inUse(e.Parent) {
@@ -44,10 +44,10 @@ func (tx *Tx) Unlink(e layout.Edge) error {
 // cut removes both directions of an edge.
 func (tx *Tx) cut(e layout.Edge) error {
 	tx.noteEdge(e, nil)
-	if err := remove(tx.bolt.Bucket([]byte(layout.BucketEdges)), e.Key()); err != nil {
+	if err := tx.remove(layout.BucketEdges, e.Key()); err != nil {
 		return err
 	}
-	if err := remove(tx.bolt.Bucket([]byte(layout.BucketEdgesBack)), e.BackKey()); err != nil {
+	if err := tx.remove(layout.BucketEdgesBack, e.BackKey()); err != nil {
 		return err
 	}
 	return tx.disuse(e)

@@ -15,11 +15,13 @@ import (
 // Tx is a transaction, valid only in the function it was handed to.
 type Tx struct {
 	bolt    *bolt.Tx
+	h       *handle          // that it is of; nil in a database that is being made
 	changes *[]layout.Change // for the log; nil in a view
 	// accounts are those of the state record, with what this transaction has
 	// changed; nil until they are asked for.
 	accounts layout.Accounts
-	trashed  int64 // bytes that it queues for the trash
+	trashed  int64    // bytes that it queues for the trash
+	touched  *touched // what it changes is told to, while the database is compacted; else nil
 }
 
 // Table gives typed access to one bucket. R is a record of package layout.
@@ -131,7 +133,7 @@ func (t Table[K, R]) Put(key K, rec R) error {
 		return err
 	}
 	t.tx.note(t.name, string(key), layout.Body(value))
-	return put(t.bucket, []byte(key), value)
+	return t.tx.put(t.name, []byte(key), value)
 }
 
 // Delete takes the record under key away; one that is not there is no error.
@@ -141,7 +143,7 @@ func (t Table[K, R]) Delete(key K) error {
 		return err
 	}
 	t.tx.note(t.name, string(key), nil)
-	return remove(t.bucket, []byte(key))
+	return t.tx.remove(t.name, []byte(key))
 }
 
 // Each calls fn for every record whose key begins with prefix, in the order
@@ -227,7 +229,9 @@ func (tx *Tx) dropLayerKey(id layout.LayerID, rec layout.LayerRecord) error {
 
 // put stores an entry, and remove takes one away: every entry of the database,
 // so that the sums of the buckets are right (M5).
-func put(b *bolt.Bucket, key, value []byte) error {
+func (tx *Tx) put(bucket string, key, value []byte) error {
+	b := tx.bolt.Bucket([]byte(bucket))
+	tx.touched.add(bucket, key)
 	sum := b.Sequence() + layout.EntrySum(key, value)
 	if old, ok := lookUp(b, key); ok {
 		sum -= layout.EntrySum(key, old)
@@ -238,7 +242,9 @@ func put(b *bolt.Bucket, key, value []byte) error {
 	return b.SetSequence(sum)
 }
 
-func remove(b *bolt.Bucket, key []byte) error {
+func (tx *Tx) remove(bucket string, key []byte) error {
+	b := tx.bolt.Bucket([]byte(bucket))
+	tx.touched.add(bucket, key)
 	old, ok := lookUp(b, key)
 	if !ok {
 		return nil

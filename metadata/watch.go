@@ -27,7 +27,7 @@ const (
 
 // firstWatch is how long watch waits, by what opening has read.
 func (db *DB) firstWatch(all bool) time.Duration {
-	if fi, err := db.file.Stat(); err == nil && !all && fi.Size() > maxPagesRead*int64(os.Getpagesize()) {
+	if fi, err := db.h.file.Stat(); err == nil && !all && fi.Size() > maxPagesRead*int64(os.Getpagesize()) {
 		return watchAfter
 	}
 	return watchEvery
@@ -87,7 +87,7 @@ func (db *DB) Check(ctx context.Context) error {
 
 func (db *DB) checkOpen(pace func(bytes int) error) error {
 	return db.View(context.Background(), func(tx *Tx) error {
-		c := &pageChecker{file: db.file, pageSize: uint64(db.bolt.Info().PageSize), leaves: true, pace: pace}
+		c := &pageChecker{file: tx.h.file, pageSize: uint64(tx.h.bolt.Info().PageSize), leaves: true, pace: pace}
 		c.setHigh(uint64(tx.bolt.Size()) / c.pageSize)
 		freelist, err := c.freelistOf(uint64(tx.bolt.ID()))
 		if err == nil && freelist != noFreelist {

@@ -135,17 +135,16 @@ func TestRecordsHeal(t *testing.T) {
 	h.whole(t, varve.FsckReport{})
 }
 
-// TestBooksHeal makes what the records add up to wrong, in an open store, as
-// only a bug or a stranger can.
+// TestBooksHeal makes what the records add up to wrong, as only a bug or a
+// stranger can.
 func TestBooksHeal(t *testing.T) {
 	h := newHost(t)
 	ctx := t.Context()
-	var db *metadata.DB
-	e, err := daemon.Open(ctx, daemon.Options{Root: h.root, State: h.state, Opened: func(_ *durable.Root, opened *metadata.DB) { db = opened }})
+	db, err := bolt.Open(filepath.Join(h.root, layout.DatabaseFile), 0o600, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = db.ForCheck().Update(func(tx *bolt.Tx) error {
+	err = db.Update(func(tx *bolt.Tx) error {
 		uses, meta := tx.Bucket([]byte(layout.BucketUses)), tx.Bucket([]byte(layout.BucketMeta))
 		first, _ := uses.Cursor().First()
 		sum := uses.Sequence() - layout.EntrySum(first, nil)
@@ -159,6 +158,10 @@ func TestBooksHeal(t *testing.T) {
 		sum += layout.EntrySum([]byte(layout.StateKey), value)
 		return errors.Join(err, eerr, meta.Put([]byte(layout.StateKey), value), meta.SetSequence(sum))
 	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	e, err := daemon.Open(ctx, daemon.Options{Root: h.root, State: h.state})
 	if err != nil {
 		t.Fatal(err)
 	}
