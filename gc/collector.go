@@ -147,10 +147,16 @@ func (c *Collector) Settle(ctx context.Context, l Limits) error {
 	return err
 }
 
-// compact has the database written anew if more than half of it is free. What
+// compact has the change log written anew if it has grown far beyond what it
+// tells of, and the database if more than half of it is free. What
 // that takes meanwhile is claimed; with no room for it the database stays as it
 // is.
 func (c *Collector) compact(ctx context.Context) error {
+	if c.DB.LogWorthCompacting() {
+		if err := later(c.DB.CompactLog(ctx)); err != nil {
+			return err
+		}
+	}
 	live, worth, err := c.DB.WorthCompacting()
 	if err != nil || !worth {
 		return err
@@ -163,9 +169,13 @@ func (c *Collector) compact(ctx context.Context) error {
 	if err := claim.Write(ctx, live); err != nil {
 		return err
 	}
-	err = c.DB.Compact(ctx)
+	return later(c.DB.Compact(ctx))
+}
+
+// later drops the errors of what is tried again at the next look.
+func later(err error) error {
 	if errors.Is(err, errdefs.ErrResourceExhausted) || errors.Is(err, errdefs.ErrUnavailable) {
-		return nil // later
+		return nil
 	}
 	return err
 }

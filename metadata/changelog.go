@@ -22,6 +22,7 @@ type changeLog struct {
 	file   *durable.File
 	last   uint64 // number of the last line in the file
 	synced uint64 // number of the last line that is durable
+	base   int64  // bytes of its beginning; see logLimit
 	failed bool   // a line is missing; the next opening writes it from BucketLogTail
 
 	wake chan struct{}
@@ -160,8 +161,8 @@ func (l *changeLog) close() error {
 }
 
 // begin lets the log follow the database from now on.
-func (l *changeLog) begin(file *durable.File, last uint64) {
-	l.file, l.last = file, last
+func (l *changeLog) begin(file *durable.File, last uint64, base int64) {
+	l.file, l.last, l.base = file, last, base
 	l.wake, l.end = make(chan struct{}, 1), make(chan struct{})
 	l.done.Add(1)
 	go l.syncLoop()

@@ -362,3 +362,56 @@ func BenchmarkCompact(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// The log shrinks to what it tells of while commits go on, none of which it
+// loses.
+func TestCompactLog(t *testing.T) {
+	dir := t.TempDir()
+	db := openDB(t, dir)
+	db.h.bolt.StrictMode = false
+	long := strings.Repeat("x", 2000)
+	for i := range 3000 {
+		doUpdate(t, db, func(tx *Tx) error {
+			return tx.Blobs().Put(digestOf(i%20), layout.BlobRecord{Size: int64(i), Labels: map[string]string{"x": long}})
+		})
+	}
+	if !db.LogWorthCompacting() {
+		t.Error("a log of 3,000 changes to 20 records is not worth it")
+	}
+	stop := make(chan struct{})
+	var work sync.WaitGroup
+	n := 0
+	work.Go(func() {
+		for ; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := db.Update(context.Background(), func(tx *Tx) error { return tx.Blobs().Put(digestOf(100+n), layout.BlobRecord{Size: int64(n)}) }); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for range 5 {
+		must(t, db.CompactLog(t.Context()))
+		time.Sleep(10 * time.Millisecond)
+	}
+	close(stop)
+	work.Wait()
+	fi, err := os.Stat(filepath.Join(dir, layout.LogFile))
+	must(t, err)
+	if fi.Size() > 20*3000+int64(n)*1000 {
+		t.Errorf("the log has %d bytes", fi.Size())
+	}
+	logged := db.LoggedRecords()
+	if got := len(logged[layout.BucketBlobs]); got != 20+n || n == 0 {
+		t.Errorf("the log tells of %d blobs, there are %d", got, 20+n)
+	}
+	must(t, db.Close())
+	again := openDB(t, dir)
+	if got := len(again.LoggedRecords()[layout.BucketBlobs]); got != 20+n {
+		t.Errorf("opened again it tells of %d blobs", got)
+	}
+}

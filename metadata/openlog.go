@@ -49,7 +49,7 @@ func (db *DB) openLog() error {
 			err = catchUp(f, end.seq, want, tail)
 		}
 		if err == nil {
-			db.log.begin(f, want)
+			db.log.begin(f, want, end.base)
 			if len(tail) > maxTail {
 				err = db.log.sync()
 			}
@@ -64,7 +64,7 @@ func (db *DB) openLog() error {
 	if errors.Is(err, errdefs.ErrResourceExhausted) {
 		// A full disk is no reason to keep the store closed: what is to be
 		// deleted has to be. The tail in the database grows meanwhile.
-		db.log.begin(f, end.seq)
+		db.log.begin(f, end.seq, end.base)
 		db.log.failed = true
 		return nil
 	}

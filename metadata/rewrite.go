@@ -8,6 +8,7 @@ import (
 	"io"
 
 	"varve.dev/durable"
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 )
 
@@ -18,7 +19,7 @@ const logChunk = 500
 
 // writeLog writes the log anew from the database and lets it follow it.
 func (db *DB) writeLog() error {
-	last, err := db.newLog()
+	last, base, err := db.newLog()
 	if err != nil {
 		return err
 	}
@@ -26,7 +27,7 @@ func (db *DB) writeLog() error {
 	if err != nil {
 		return err
 	}
-	db.log.begin(f, last)
+	db.log.begin(f, last, base)
 	db.log.synced = last
 	return nil
 }
@@ -45,13 +46,19 @@ func (db *DB) RewriteLog(ctx context.Context) error {
 func (db *DB) exchangeLog() error {
 	db.committing.Lock()
 	defer db.committing.Unlock()
-	l := db.log
-	l.syncing.Lock()
-	defer l.syncing.Unlock()
-	last, err := db.newLog()
+	db.log.syncing.Lock()
+	defer db.log.syncing.Unlock()
+	last, base, err := db.newLog()
 	if err != nil {
 		return err // the old one stands
 	}
+	return db.useNewLog(last, base)
+}
+
+// useNewLog lets the log that has the name now follow the database, in place of
+// the one that had it. The caller holds committing and syncing.
+func (db *DB) useNewLog(last uint64, base int64) error {
+	l := db.log
 	f, err := db.root.AppendFile(layout.LogFile, 0o600)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -60,37 +67,129 @@ func (db *DB) exchangeLog() error {
 		return err
 	}
 	_ = l.file.Close()
-	l.file, l.last, l.synced, l.failed = f, last, last, false
+	l.file, l.last, l.synced, l.failed, l.base = f, last, last, false, base
 	return nil
+}
+
+// LogWorthCompacting tells whether the log has become so long beside its beginning
+// that the next opening would write it anew.
+func (db *DB) LogWorthCompacting() bool {
+	l := db.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.failed && l.file.Size() > logLimit(l.base)
+}
+
+// CompactLog writes the log anew while the database is in use. Commits wait only
+// while what they have added meanwhile is copied. After nil the new log is
+// durable; after an error the old one goes on.
+func (db *DB) CompactLog(ctx context.Context) error {
+	if !db.compacting.TryLock() {
+		return fmt.Errorf("the database is being compacted already: %w", errdefs.ErrUnavailable)
+	}
+	defer db.compacting.Unlock()
+	const name = durable.TempPrefix + layout.LogFile
+	at, base, err := db.writeAside(ctx, name)
+	if err == nil {
+		err = db.putLog(name, at, base)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write the log anew: %w", err), db.root.Remove(name))
+	}
+	return nil
+}
+
+// writeAside writes what the database holds at one moment as the beginning of a
+// log, and returns how long the log was then.
+func (db *DB) writeAside(ctx context.Context, name string) (at, base int64, err error) {
+	db.committing.Lock()
+	at = db.log.file.Size()
+	h, leave := db.enter()
+	tx, err := h.bolt.Begin(false)
+	db.committing.Unlock()
+	defer leave()
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { _ = tx.Rollback() }()
+	defer faulting()()
+	var size counter
+	err = protect(func() error {
+		view := &Tx{bolt: tx, h: h}
+		if _, err := db.dump(view, &size, 0); err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		_, err := db.writeBeginning(view, name, int64(size))
+		return err
+	})
+	return at, int64(size), db.suspect(err)
+}
+
+// putLog adds to a log that begins with an earlier state what was added to the
+// old one since, and puts it in that one's place.
+func (db *DB) putLog(name string, at, base int64) error {
+	db.committing.Lock()
+	defer db.committing.Unlock()
+	l := db.log
+	l.syncing.Lock()
+	defer l.syncing.Unlock()
+	if err := errors.Join(db.root.Poisoned(), db.damage.get()); err != nil {
+		return err
+	}
+	if !l.complete() {
+		return fmt.Errorf("a line of the old one is missing: %w", errdefs.ErrUnavailable)
+	}
+	f, err := db.root.AppendFile(name, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, io.NewSectionReader(l.file, at, l.file.Size()-at))
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := db.root.Replace(name, layout.LogFile); err != nil {
+		return err
+	}
+	return db.useNewLog(l.last, base)
 }
 
 // newLog puts a log that it writes from the database, under another name first,
 // in the place of what is there. No commit may take place meanwhile.
-func (db *DB) newLog() (last uint64, err error) {
+func (db *DB) newLog() (last uint64, base int64, err error) {
 	const name = durable.TempPrefix + layout.LogFile
 	// The first line says how long the beginning is.
 	var size counter
-	if _, err = db.dump(&size, 0); err == nil {
-		last, err = db.writeBeginning(name, int64(size))
-	}
+	err = db.View(context.Background(), func(tx *Tx) error {
+		if _, err := db.dump(tx, &size, 0); err != nil {
+			return err
+		}
+		last, err = db.writeBeginning(tx, name, int64(size))
+		return err
+	})
 	if err == nil {
 		err = db.root.Replace(name, layout.LogFile)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("write the log anew: %w", err)
+		return 0, 0, fmt.Errorf("write the log anew: %w", err)
 	}
-	return last, nil
+	return last, int64(size), nil
 }
 
 // writeBeginning makes the file name, in place of what a crash has left of an
 // earlier try, and syncs it.
-func (db *DB) writeBeginning(name string, size int64) (last uint64, err error) {
+func (db *DB) writeBeginning(tx *Tx, name string, size int64) (last uint64, err error) {
 	f, err := db.root.AppendFile(name, 0o600)
 	if err != nil {
 		return 0, err
 	}
 	if err = f.Truncate(0); err == nil {
-		last, err = db.dump(f, size)
+		last, err = db.dump(tx, f, size)
 	}
 	if err == nil {
 		err = f.Sync()
@@ -107,43 +206,40 @@ func (c *counter) Write(p []byte) (int, error) {
 }
 
 // dump writes everything that is logged as the beginning of a log.
-func (db *DB) dump(w io.Writer, base int64) (last uint64, err error) {
-	err = db.View(context.Background(), func(tx *Tx) error {
-		if last, err = tx.lastChange(); err != nil {
+func (db *DB) dump(tx *Tx, w io.Writer, base int64) (last uint64, err error) {
+	if last, err = tx.lastChange(); err != nil {
+		return 0, err
+	}
+	var chunk []layout.Change
+	flush := func(c layout.ChangeRecord) error {
+		c.Seq, c.Changes = last, chunk
+		chunk = nil
+		line, err := layout.EncodeLine(c)
+		if err != nil {
 			return err
 		}
-		var chunk []layout.Change
-		flush := func(c layout.ChangeRecord) error {
-			c.Seq, c.Changes = last, chunk
-			chunk = nil
-			line, err := layout.EncodeLine(c)
-			if err != nil {
+		_, err = w.Write(line)
+		return err
+	}
+	if err := flush(layout.ChangeRecord{Store: db.meta.ID, Base: uint64(base)}); err != nil {
+		return last, err
+	}
+	for _, bucket := range logged {
+		err := tx.bolt.Bucket([]byte(bucket)).ForEach(func(k, v []byte) error {
+			change, ok, err := changeOf(bucket, k, v)
+			if err != nil || !ok {
 				return err
 			}
-			_, err = w.Write(line)
-			return err
-		}
-		if err := flush(layout.ChangeRecord{Store: db.meta.ID, Base: uint64(base)}); err != nil {
-			return err
-		}
-		for _, bucket := range logged {
-			err := tx.bolt.Bucket([]byte(bucket)).ForEach(func(k, v []byte) error {
-				change, ok, err := changeOf(bucket, k, v)
-				if err != nil || !ok {
-					return err
-				}
-				if chunk = append(chunk, change); len(chunk) == logChunk {
-					return flush(layout.ChangeRecord{})
-				}
-				return nil
-			})
-			if err != nil {
-				return err
+			if chunk = append(chunk, change); len(chunk) == logChunk {
+				return flush(layout.ChangeRecord{})
 			}
+			return nil
+		})
+		if err != nil {
+			return last, err
 		}
-		return flush(layout.ChangeRecord{})
-	})
-	return last, err
+	}
+	return last, flush(layout.ChangeRecord{})
 }
 
 // changeOf is a stored record as a change, and whether it is logged.
