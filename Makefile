@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim clean
 
 all: build
 
@@ -114,6 +114,12 @@ limits: deps
 # of a million; a loop of pull and run alone and beside a check with --rate.
 deep online: build
 	$(GO) run ./benchmarks/$@
+
+# What removals and `df` cost, beside containerd and dockerd where they can be
+# had. FLAGS: -files 100000 -peers=false and others, which the package tells of.
+reclaim: build
+	-@scripts/install-packages $(PEERS)
+	$(GO) run ./benchmarks/reclaim $(FLAGS)
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps
