@@ -11,8 +11,9 @@ import (
 const (
 	// removedLayers is how many the large image has.
 	removedLayers = 4
-	// idleSamples is how many containers are made before the removal.
-	idleSamples = 300
+	// idleSamples is how many containers are made before the removal, and as many
+	// after it.
+	idleSamples = 500
 	// patience is how long the disk may take to be free again.
 	patience = 20 * time.Minute
 )
@@ -62,6 +63,11 @@ func removals(ctx context.Context, s settings) error {
 		if err != nil {
 			return err
 		}
+		after, err := creations(ctx, e, base, idleSamples, func() bool { return false })
+		if err != nil {
+			return err
+		}
+		idle = append(idle, after...)
 		back := fmt.Sprintf("%.1f s", free.Seconds())
 		if free == 0 {
 			back = "not yet"
@@ -94,4 +100,3 @@ func creations(ctx context.Context, e engine, image string, n int, over func() b
 	}
 	return took, nil
 }
-
