@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online clean
+.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim clean
 
 all: build
 
@@ -111,8 +111,9 @@ limits: deps
 	BUILDS=$(or $(BUILDS),200) PULLS=$(or $(PULLS),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 1h -v ./internal/limittest
 
 # A deep check beside sha256sum over the same files, and its memory on a store
-# of a million; a loop of pull and run alone and beside a check with --rate.
-deep online: build
+# of a million; a loop of pull and run alone and beside a check with --rate; what
+# removals cost, beside dockerd and containerd.
+deep online reclaim: build
 	$(GO) run ./benchmarks/$@
 
 # The simulation at every change instead of every k-th, and every kill.

@@ -19,8 +19,11 @@ import (
 // place. Commits go on meanwhile; what they touch is copied once more.
 
 const (
-	// compactFrom is the size below which a database is not compacted.
+	// compactFrom is the size below which a database is not compacted, and
+	// manyFree the bytes of free pages that make a commit dear: it writes the
+	// list of them.
 	compactFrom = 16 << 20
+	manyFree    = 10_000 * 4096
 	// copyBatch is how many entries share a transaction of the new file.
 	copyBatch = 20_000
 	// lastTouched is how many entries may be left to copy while commits wait,
@@ -68,11 +71,12 @@ func (db *DB) Spare() (size, free int64, err error) {
 }
 
 // WorthCompacting tells whether more than half of a database of some size is
-// free, and how large what it holds is: about as large as the file is after
+// free, or a quarter that is many pages, and how large what it holds is: about as large as the file is after
 // [DB.Compact].
 func (db *DB) WorthCompacting() (live int64, worth bool, err error) {
 	size, free, err := db.Spare()
-	return size - free, err == nil && size >= compactFrom && free > size/2, err
+	worth = size >= compactFrom && (free > size/2 || free > size/4 && free > manyFree)
+	return size - free, worth && err == nil, err
 }
 
 // Compact writes the database anew, without its free pages, while it is in use.
