@@ -407,3 +407,57 @@ func TestCompactBesideASlowReader(t *testing.T) {
 	must(t, within(t, "the reader", slow))
 	checkBlobs(t, db, 6100)
 }
+
+// A log that is written anew for another reason while it is compacted lacks none of
+// the changes that came in between.
+func TestCompactLogBesideARewrite(t *testing.T) {
+	db := newDB(t)
+	for i := range 200 {
+		doUpdate(t, db, func(tx *Tx) error { return fillBlobs(tx, i%3, i%3+1) })
+	}
+	ctx := &stopped{Context: t.Context(), at: func() error {
+		must(t, db.RewriteLog(t.Context()))
+		doUpdate(t, db, func(tx *Tx) error { return fillBlobs(tx, 3, 10) })
+		return nil
+	}}
+	if err := db.CompactLog(ctx); err != nil && !errors.Is(err, errdefs.ErrUnavailable) {
+		t.Errorf("compact the log: %v", err)
+	}
+	doUpdate(t, db, func(tx *Tx) error { return fillBlobs(tx, 10, 11) })
+	if got := len(db.LoggedRecords()[layout.BucketBlobs]); got != 11 {
+		t.Errorf("the log tells of %d blobs, not 11", got)
+	}
+}
+
+// A log that is compacted while the database is closed is not exchanged afterwards:
+// it may be another process's by then.
+func TestCloseWhileTheLogIsCompacted(t *testing.T) {
+	root := openRoot(t, t.TempDir())
+	db, err := Open(root, Options{})
+	must(t, err)
+	doUpdate(t, db, func(tx *Tx) error { return fillBlobs(tx, 0, 1) })
+	closed := make(chan struct{})
+	var other *DB
+	var opening <-chan error
+	ctx := &stopped{Context: t.Context(), at: func() error {
+		go func() {
+			_ = db.Close()
+			close(closed)
+		}()
+		opening = async(func() (err error) {
+			other, err = Open(root, Options{LockTimeout: 10 * time.Second})
+			return err
+		})
+		time.Sleep(300 * time.Millisecond)
+		return nil
+	}}
+	err = within(t, "the compaction", async(func() error { return db.CompactLog(ctx) }))
+	<-closed
+	must(t, within(t, "the other opening", opening))
+	defer other.Close()
+	t.Logf("compact the log: %v", err)
+	doUpdate(t, other, func(tx *Tx) error { return fillBlobs(tx, 1, 2) })
+	if got := len(other.LoggedRecords()[layout.BucketBlobs]); got != 2 {
+		t.Errorf("the log tells of %d blobs, not 2", got)
+	}
+}
