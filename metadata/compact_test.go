@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -350,10 +351,13 @@ func BenchmarkCompact(b *testing.B) {
 				most = max(most, time.Since(begin))
 			}
 		}()
+		debug.FreeOSMemory()
+		held, peak := anonymous(b), peakAnonymous(b, stop)
 		b.StartTimer()
 		must(b, db.Compact(context.Background()))
 		b.StopTimer()
 		close(stop)
+		b.ReportMetric(float64(<-peak-held)/1e6, "MB-memory-more")
 		b.ReportMetric(float64((<-longest).Milliseconds()), "ms-longest-commit")
 		after, _, err := db.Spare()
 		must(b, err)
@@ -361,6 +365,37 @@ func BenchmarkCompact(b *testing.B) {
 		b.ReportMetric(float64(after)/1e6, "MB-after")
 		b.StartTimer()
 	}
+}
+
+// anonymous is the memory of this process that is not files', in bytes.
+func anonymous(b *testing.B) int64 {
+	b.Helper()
+	data, err := os.ReadFile("/proc/self/status")
+	must(b, err)
+	_, after, _ := strings.Cut(string(data), "RssAnon:")
+	var kib int64
+	_, err = fmt.Sscan(after, &kib)
+	must(b, err)
+	return kib << 10
+}
+
+// peakAnonymous tells the most that anonymous was until stop is closed.
+func peakAnonymous(b *testing.B, stop <-chan struct{}) <-chan int64 {
+	told := make(chan int64, 1)
+	go func() {
+		most := int64(0)
+		for tick := time.NewTicker(5 * time.Millisecond); ; {
+			most = max(most, anonymous(b))
+			select {
+			case <-stop:
+				tick.Stop()
+				told <- most
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	return told
 }
 
 // The log shrinks to what it tells of while commits go on, none of which it
