@@ -156,6 +156,10 @@ func (c *compaction) run() error {
 			break
 		}
 	}
+	// Most of it is durable before commits wait for the rest.
+	if err := c.db.syncCopy(c.to); err != nil {
+		return err
+	}
 	return c.exchange()
 }
 
