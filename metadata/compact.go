@@ -75,8 +75,8 @@ func (db *DB) Spare() (size, free int64, err error) {
 }
 
 // WorthCompacting tells whether more than half of a database of some size is
-// free, or a quarter that is many pages, and how large what it holds is: about as large as the file is after
-// [DB.Compact].
+// free, or a quarter that is many pages, and how large its other pages are: about
+// what the file is after [DB.Compact].
 func (db *DB) WorthCompacting() (live int64, worth bool, err error) {
 	size, free, err := db.Spare()
 	worth = size >= compactFrom && (free > size/2 || free > size/4 && free > manyFree)
