@@ -52,8 +52,18 @@ func (e *Engine) Build(ctx context.Context, req varve.BuildRequest, files varve.
 	if err != nil {
 		return varve.BuildResult{}, err
 	}
-	summary, err := e.summary(ctx, result.Config.Digest.String())
+	summary, err := e.summaryOfBuilt(ctx, result)
 	return varve.BuildResult{Image: summary, Steps: result.Steps, Cached: result.Cached, Ran: result.Ran}, err
+}
+
+// summaryOfBuilt describes an image that was just made. It may have been removed
+// since, or evicted: what it was is no error.
+func (e *Engine) summaryOfBuilt(ctx context.Context, built builder.Result) (varve.ImageSummary, error) {
+	summary, err := e.summary(ctx, built.Config.Digest.String())
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return varve.ImageSummary{Name: "<none>", ID: built.Config.Digest.String(), Digest: built.Manifest.Digest.String()}, nil
+	}
+	return summary, err
 }
 
 func fullNames(tags []string) (names []string, err error) {

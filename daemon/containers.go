@@ -85,7 +85,7 @@ func (e *Engine) Commit(ctx context.Context, req varve.CommitRequest) (varve.Ima
 	if err != nil {
 		return varve.ImageSummary{}, fmt.Errorf("commit container %s: %w", req.Container, err)
 	}
-	return e.summary(ctx, result.Config.Digest.String())
+	return e.summaryOfBuilt(ctx, result)
 }
 
 // RemoveContainer implements varve.Containers.

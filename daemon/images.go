@@ -144,6 +144,9 @@ func (e *Engine) Load(ctx context.Context, archive io.Reader, progress func(varv
 	var out []varve.ImageSummary
 	for _, l := range loaded {
 		s, err := e.summary(ctx, l.Name)
+		if errors.Is(err, errdefs.ErrNotFound) {
+			continue // loaded, and since removed by somebody else
+		}
 		if err != nil {
 			return out, err
 		}

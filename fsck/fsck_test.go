@@ -319,6 +319,33 @@ func TestUnderWay(t *testing.T) {
 	}
 }
 
+// Whoever has a store open may put another file in its database's place. A check
+// that waited for the old one's lock knows that the store is in use.
+func TestDatabaseThatIsExchanged(t *testing.T) {
+	s := makeStore(t)
+	path := s.path(layout.DatabaseFile)
+	locked := func(name string) *os.File {
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		must(t, err, unix.Flock(int(f.Fd()), unix.LOCK_EX))
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	old := locked(path)
+	data, err := os.ReadFile(path)
+	must(t, err, os.WriteFile(path+".new", data, 0o600))
+	locked(path + ".new")
+	checked := make(chan error)
+	go func() {
+		_, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir})
+		checked <- err
+	}()
+	time.Sleep(20 * time.Millisecond) // until it waits
+	must(t, os.Rename(path+".new", path), old.Close())
+	if err := <-checked; !errors.Is(err, errdefs.ErrUnavailable) {
+		t.Errorf("the check: %v", err)
+	}
+}
+
 // A database with bits flipped anywhere ends in a report or an error.
 func TestDamagedDatabaseIsAFinding(t *testing.T) {
 	s := makeStore(t)

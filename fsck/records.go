@@ -148,10 +148,13 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 	})
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
-		return nil, fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
+		return nil, inUse
 	case err != nil:
 		c.damaged("M2", theDatabase, "%v", err)
 		return nil, nil
+	}
+	if !c.inPlace(opened) {
+		return nil, errors.Join(inUse, db.Close())
 	}
 	// Under bbolt's lock, so that nobody writes meanwhile.
 	err = pages.Walk(opened)
@@ -162,6 +165,19 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 		return nil, db.Close()
 	}
 	return db, nil
+}
+
+var inUse = fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
+
+// inPlace tells whether the database's name still leads to the file whose lock has
+// come: who has a store open puts another in its place when it compacts it.
+func (c *checker) inPlace(opened *os.File) bool {
+	mine, err := opened.Stat()
+	if err != nil {
+		return false
+	}
+	named, err := reach.Stat(c.fd(), layout.DatabaseFile)
+	return err == nil && os.SameFile(mine, named)
 }
 
 // used tells whether the store is one that had a database: there is a change

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/time/rate"
+
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -24,6 +26,7 @@ type Journal struct {
 	stop    context.CancelFunc
 	stopped sync.WaitGroup
 
+	pace      *rate.Limiter // of the deleting
 	finishing chan struct{} // capacity 1: pending intents are being carried out
 
 	mu       sync.Mutex // guards the rest
@@ -75,7 +78,7 @@ func Open(ctx context.Context, root *durable.Root, db *metadata.DB) (*Journal, R
 	}
 	j := &Journal{
 		root: root, db: db, boot: boot, kick: make(chan struct{}, 1), swept: make(chan struct{}),
-		finishing: make(chan struct{}, 1), pending: map[layout.IntentID]layout.IntentRecord{},
+		pace: rate.NewLimiter(deleteRate, deleteOnce), finishing: make(chan struct{}, 1), pending: map[layout.IntentID]layout.IntentRecord{},
 		trashed: map[string]bool{}, moved: make(chan struct{}),
 	}
 	found, err := j.recover(ctx)

@@ -1,49 +1,23 @@
 package journal
 
-import (
-	"context"
-	"time"
-)
+import "context"
 
-// The deleting is paced: it works a share of the time, so that whoever waits for
-// the file system waits no longer than usual. Somebody who waits for the space
-// makes it hurry.
+// The deleting is paced: so many files a second, whatever else the file system
+// has to do. Unlimited, it makes the commits of the file system's own journal
+// longer, for which everybody waits who syncs. Somebody who waits for the space
+// makes it hurry. docs/design/0008-reclaim.md has what was measured.
 
 const (
-	// pacedFiles is how many files go between two rests.
-	pacedFiles = 32
-	// restShare is how many times as long as it works the sweeper rests:
-	// docs/design/0008-reclaim.md has what was measured.
-	restShare = 4
-	// longRest bounds a rest, and with it how long hurry is not heeded.
-	longRest = 100 * time.Millisecond
+	deleteRate = 4000 // files a second
+	deleteOnce = 40   // files that may go without a rest between them
 )
 
-// pace is one round's.
-type pace struct {
-	ctx    context.Context
-	j      *Journal
-	files  int
-	worked time.Time // since when
-}
-
 // next is called before each file is deleted. Its error is the end of ctx.
-func (p *pace) next() error {
-	if p.files++; p.files < pacedFiles {
-		return nil
+func (j *Journal) next(ctx context.Context) error {
+	if j.inHurry() {
+		return ctx.Err()
 	}
-	rest := min(restShare*time.Since(p.worked), longRest)
-	p.files = 0
-	if p.j.inHurry() {
-		rest = 0
-	}
-	select {
-	case <-p.ctx.Done():
-		return p.ctx.Err()
-	case <-time.After(rest):
-	}
-	p.worked = time.Now()
-	return nil
+	return j.pace.Wait(ctx)
 }
 
 func (j *Journal) inHurry() bool {

@@ -166,12 +166,11 @@ func (j *Journal) sweepSome(ctx context.Context) (int, error) {
 	j.namesFreed(rows)
 	durable.At(layout.PointSweepTrashed)
 	var done []string
-	p := &pace{ctx: ctx, j: j, worked: time.Now()}
 	for id := range rows {
 		if ctx.Err() != nil {
 			break
 		}
-		if err := j.root.RemoveTree(layout.TrashPath(id), p.next); err != nil {
+		if err := j.root.RemoveTree(layout.TrashPath(id), func() error { return j.next(ctx) }); err != nil {
 			continue // stays in the trash with its row; the next owner tries again
 		}
 		done = append(done, id)

@@ -103,7 +103,7 @@ func Transitions() []Transition {
 
 		{"T-M1", "cache mount", "cachemounts/<key>.new, what it begins with not all copied", Back, "it is removed", PointCacheMountBegun},
 
-		{"T-M2", "cache mount", "a claimed sweep of a cache mount, which stands where it stood", Forward, "recovery moves it to the trash before anybody uses its name", PointCacheMountClaimed},
+		{"T-M2", "cache mount removal", "a claimed sweep of a cache mount, which stands where it stood", Forward, "recovery moves it to the trash before anybody uses its name", PointCacheMountClaimed},
 
 		{"T-Q1", "repair", "quarantine/<id> with good files that have no names in the layer yet", Stay, "none: the next check finds what is still bad", PointRepairMade},
 		{"T-Q2", "repair", "quarantine/<id> with what was bad, the good files in its place, directories' times perhaps not set", Stay, "none: the next check finds a wrong time", PointRepairGiven},

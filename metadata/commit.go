@@ -155,7 +155,7 @@ func (db *DB) tryCommit(group []*update) (failed int, err error) {
 			return err
 		})
 	})
-	_ = db.suspect(err)
+	_ = db.suspect(h, err)
 	if err != nil && (failed < 0 || db.broken.get() != nil) {
 		return -1, db.commitFailed(err)
 	}

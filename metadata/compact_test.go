@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,6 +26,11 @@ import (
 // fillCache puts so many cache records, and removes all but every tenth.
 func fillCache(t testing.TB, db *DB, n int) {
 	t.Helper()
+	fillCacheKeeping(t, db, n, 10)
+}
+
+func fillCacheKeeping(t testing.TB, db *DB, n, every int) {
+	t.Helper()
 	key := func(i int) string { return fmt.Sprintf("%064x", i*7919) }
 	for from := 0; from < n; from += 5000 {
 		doUpdate(t, db, func(tx *Tx) error {
@@ -40,7 +46,7 @@ func fillCache(t testing.TB, db *DB, n int) {
 	for from := 0; from < n; from += 5000 {
 		doUpdate(t, db, func(tx *Tx) error {
 			for i := from; i < min(n, from+5000); i++ {
-				if i%10 != 0 {
+				if i%every != 0 {
 					if err := tx.Drop(layout.CacheNode(key(i))); err != nil {
 						return err
 					}
@@ -325,42 +331,95 @@ func TestKillWhileCompacting(t *testing.T) {
 	}
 }
 
-// BenchmarkCompact compacts a million records of which nine in ten were removed.
+// BenchmarkCompact compacts a million records of which nine in ten were removed, or
+// none, beside a caller that commits one change after the other.
 func BenchmarkCompact(b *testing.B) {
+	for _, every := range []int{10, 1} {
+		b.Run(fmt.Sprintf("kept=%d%%", 100/every), func(b *testing.B) { benchCompact(b, every) })
+	}
+}
+
+func benchCompact(b *testing.B, every int) {
 	for b.Loop() {
 		b.StopTimer()
 		db := newDB(b)
 		db.h.bolt.StrictMode = false
-		fillCache(b, db, 1_000_000)
+		fillCacheKeeping(b, db, 1_000_000, every)
 		size, _, err := db.Spare()
 		must(b, err)
-		longest := make(chan time.Duration)
-		stop := make(chan struct{})
+		alone := time.Duration(0)
+		for i := range 100 {
+			alone = max(alone, timedCommit(db, i))
+		}
+		longest, stop, commits := make(chan time.Duration, 1), make(chan struct{}), 0
+		debug.FreeOSMemory()
+		held, peak := anonymous(b), peakAnonymous(b, stop)
 		go func() {
 			var most time.Duration
-			for i := 0; ; i++ {
+			for ; ; commits++ {
 				select {
 				case <-stop:
 					longest <- most
 					return
 				default:
+					most = max(most, timedCommit(db, commits))
 				}
-				begin := time.Now()
-				_ = db.Update(context.Background(), func(tx *Tx) error { return tx.Blobs().Put(digestOf(i%100), layout.BlobRecord{Size: int64(i)}) })
-				most = max(most, time.Since(begin))
 			}
 		}()
 		b.StartTimer()
 		must(b, db.Compact(context.Background()))
 		b.StopTimer()
 		close(stop)
-		b.ReportMetric(float64((<-longest).Milliseconds()), "ms-longest-commit")
+		b.ReportMetric(float64((<-longest).Microseconds())/1e3, "ms-longest-commit")
+		b.ReportMetric(float64(alone.Microseconds())/1e3, "ms-longest-of-100-before")
+		b.ReportMetric(float64(commits), "commits")
+		b.ReportMetric(float64(<-peak-held)/1e6, "MB-memory-more")
 		after, _, err := db.Spare()
 		must(b, err)
 		b.ReportMetric(float64(size)/1e6, "MB-before")
 		b.ReportMetric(float64(after)/1e6, "MB-after")
 		b.StartTimer()
 	}
+}
+
+// timedCommit is how long a small change takes.
+func timedCommit(db *DB, i int) time.Duration {
+	begin := time.Now()
+	_ = db.Update(context.Background(), func(tx *Tx) error {
+		return tx.Blobs().Put(digestOf(i%100), layout.BlobRecord{Size: int64(i)})
+	})
+	return time.Since(begin)
+}
+
+// anonymous is the memory of this process that is not files', in bytes.
+func anonymous(b *testing.B) int64 {
+	b.Helper()
+	data, err := os.ReadFile("/proc/self/status")
+	must(b, err)
+	_, after, _ := strings.Cut(string(data), "RssAnon:")
+	var kib int64
+	_, err = fmt.Sscan(after, &kib)
+	must(b, err)
+	return kib << 10
+}
+
+// peakAnonymous tells the most that anonymous was until stop is closed.
+func peakAnonymous(b *testing.B, stop <-chan struct{}) <-chan int64 {
+	told := make(chan int64, 1)
+	go func() {
+		most := int64(0)
+		for tick := time.NewTicker(5 * time.Millisecond); ; {
+			most = max(most, anonymous(b))
+			select {
+			case <-stop:
+				tick.Stop()
+				told <- most
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	return told
 }
 
 // The log shrinks to what it tells of while commits go on, none of which it

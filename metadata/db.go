@@ -29,7 +29,7 @@ var errClosed = fmt.Errorf("the store is being closed: %w", errdefs.ErrUnavailab
 type DB struct {
 	root    *durable.Root
 	path    string
-	swap    sync.RWMutex // guards which handle it is
+	swap    sync.RWMutex // guards which handle it is, and the closing of closing
 	h       *handle
 	damage  mishap      // something was found damaged
 	broken  mishap      // bbolt has panicked
@@ -46,6 +46,7 @@ type DB struct {
 	committing sync.Mutex // held for a commit and its line, and while the log or the file is exchanged
 	touched    *touched   // set while the database is compacted; guarded by committing
 	compacting sync.Mutex // held by whoever compacts
+	noting     sync.Mutex // held while damage is noted, and while the file is exchanged
 
 	trashed  atomic.Int64                    // bytes that were queued for the trash since it was opened
 	accounts atomic.Pointer[layout.Accounts] // of the last commit
@@ -66,6 +67,13 @@ func (db *DB) enter() (h *handle, leave func()) {
 	defer db.swap.RUnlock()
 	db.h.users.Add(1)
 	return db.h, db.h.users.Done
+}
+
+// inPlace tells whether a handle is the present one.
+func (db *DB) inPlace(h *handle) bool {
+	db.swap.RLock()
+	defer db.swap.RUnlock()
+	return db.h == h
 }
 
 // mishap is an error that comes once, and stays.
@@ -221,7 +229,9 @@ func (db *DB) Trashed() int64 { return db.trashed.Load() }
 func (db *DB) Close() error {
 	var err error
 	db.closed.Do(func() {
+		db.swap.Lock() // nobody enlists meanwhile
 		close(db.closing)
+		db.swap.Unlock()
 		db.wait()
 		err = errors.Join(db.log.close(), db.shut())
 	})
@@ -292,7 +302,7 @@ func (db *DB) View(ctx context.Context, fn func(*Tx) error) error {
 	h, leave := db.enter()
 	defer leave()
 	floor := h.committed.Load()
-	return db.suspect(db.guard(func() error {
+	return db.suspect(h, db.guard(func() error {
 		return h.bolt.View(func(tx *bolt.Tx) error {
 			if err := notBefore(tx, floor); err != nil {
 				return err

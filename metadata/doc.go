@@ -18,8 +18,9 @@
 // gets its own error, and an update that fails takes nothing of the others
 // with it.
 //
-// Crash story: bbolt's commit is atomic and synced, and NoSync is never set.
-// The database is created under a temporary name and published. A commit
+// Crash story: bbolt's commit is atomic and synced; NoSync is set only in a copy
+// that has no name yet. The database is created under a temporary name and
+// published, and so is the copy that takes its place (compact.go). A commit
 // whose sync failed poisons the store's durable.Root. Damage in a page shows
 // as a panic or a memory fault inside bbolt: both are caught at the
 // transaction and come back as errdefs.Corrupt. What is no longer there shows

@@ -88,6 +88,15 @@ const firstLength = 256 << 10
 
 // openBolt opens the file with the settings that every open of it must share.
 func openBolt(path string, wait time.Duration, ready func(*os.File) error) (b *bolt.DB, file *os.File, err error) {
+	length := int64(0)
+	if fi, err := os.Stat(path); err == nil {
+		length = fi.Size()
+	}
+	return openBoltMapped(path, wait, mapSizeOf(length), ready)
+}
+
+// openBoltMapped maps the file with so many bytes at least.
+func openBoltMapped(path string, wait time.Duration, mapped int, ready func(*os.File) error) (b *bolt.DB, file *os.File, err error) {
 	defer func() {
 		if err != nil && file != nil {
 			unlock(file)
@@ -111,19 +120,18 @@ func openBolt(path string, wait time.Duration, ready func(*os.File) error) (b *b
 		// flush more for the commit that needs it. And to map a file that has
 		// outgrown its map bbolt waits until nobody reads, which may be long:
 		// see [DB.watch].
-		InitialMmapSize: mapSize(path),
+		InitialMmapSize: mapped,
 	})
 	return b, file, openError(path, err)
 }
 
-// mapSize leaves a large database room to grow to twice its size. A map of
+// mapSizeOf leaves a large database room to grow to twice its size. A map of
 // what is not there yet takes nothing but addresses.
-func mapSize(path string) int {
-	fi, err := os.Stat(path)
-	if err != nil || fi.Size() <= maxPagesRead*int64(os.Getpagesize()) {
+func mapSizeOf(length int64) int {
+	if length <= maxPagesRead*int64(os.Getpagesize()) {
 		return firstLength
 	}
-	return 2 * int(fi.Size())
+	return 2 * int(length)
 }
 
 // openError gives what came of opening a database its kind.
@@ -341,16 +349,19 @@ func addSums(btx *bolt.Tx) error {
 
 // suspect leaves a note for the next opening if err is damage of the database,
 // tells whoever waits for [DB.Damaged], and returns err.
-func (db *DB) suspect(err error) error {
+func (db *DB) suspect(h *handle, err error) error {
 	c := errdefs.AsCorrupt(err)
 	if c == nil || !strings.HasPrefix(c.Invariant, "M") {
 		return err
 	}
+	db.noting.Lock()
+	defer db.noting.Unlock()
+	if !db.inPlace(h) {
+		return err // of a file that was read in full and copied, and is going
+	}
 	if !stands(db.root, layout.SuspectFile) {
 		// The store may be poisoned, or the disk full: then the next
 		// opening has to find it by itself.
-		h, leave := db.enter()
-		defer leave()
 		_ = db.root.WriteFile(layout.SuspectFile, fmt.Appendf(nil, "%d %s\n", h.committed.Load(), c.Error()), 0o600)
 	}
 	db.damage.set(err)

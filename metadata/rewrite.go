@@ -88,10 +88,14 @@ func (db *DB) CompactLog(ctx context.Context) error {
 		return fmt.Errorf("the database is being compacted already: %w", errdefs.ErrUnavailable)
 	}
 	defer db.compacting.Unlock()
+	if !db.enlist() {
+		return errClosed
+	}
+	defer db.done.Done()
 	const name = durable.TempPrefix + layout.LogFile
-	at, base, err := db.writeAside(ctx, name)
+	of, base, err := db.writeAside(ctx, name)
 	if err == nil {
-		err = db.putLog(name, at, base)
+		err = db.putLog(name, of, base)
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write the log anew: %w", err), db.root.Remove(name))
@@ -99,17 +103,23 @@ func (db *DB) CompactLog(ctx context.Context) error {
 	return nil
 }
 
+// logPlace is how long a log was at some moment.
+type logPlace struct {
+	file *durable.File
+	at   int64
+}
+
 // writeAside writes what the database holds at one moment as the beginning of a
 // log, and returns how long the log was then.
-func (db *DB) writeAside(ctx context.Context, name string) (at, base int64, err error) {
+func (db *DB) writeAside(ctx context.Context, name string) (of logPlace, base int64, err error) {
 	db.committing.Lock()
-	at = db.log.file.Size()
+	of = logPlace{db.log.file, db.log.file.Size()}
 	h, leave := db.enter()
 	tx, err := h.bolt.Begin(false)
 	db.committing.Unlock()
 	defer leave()
 	if err != nil {
-		return 0, 0, err
+		return of, 0, err
 	}
 	defer func() { _ = tx.Rollback() }()
 	defer faulting()()
@@ -125,12 +135,12 @@ func (db *DB) writeAside(ctx context.Context, name string) (at, base int64, err 
 		_, err := db.writeBeginning(view, name, int64(size))
 		return err
 	})
-	return at, int64(size), db.suspect(err)
+	return of, int64(size), db.suspect(h, err)
 }
 
 // putLog adds to a log that begins with an earlier state what was added to the
 // old one since, and puts it in that one's place.
-func (db *DB) putLog(name string, at, base int64) error {
+func (db *DB) putLog(name string, of logPlace, base int64) error {
 	db.committing.Lock()
 	defer db.committing.Unlock()
 	l := db.log
@@ -139,6 +149,9 @@ func (db *DB) putLog(name string, at, base int64) error {
 	if err := errors.Join(db.root.Poisoned(), db.damage.get()); err != nil {
 		return err
 	}
+	if l.file != of.file { // see RewriteLog
+		return fmt.Errorf("the old one has been written anew: %w", errdefs.ErrUnavailable)
+	}
 	if !l.complete() {
 		return fmt.Errorf("a line of the old one is missing: %w", errdefs.ErrUnavailable)
 	}
@@ -146,7 +159,7 @@ func (db *DB) putLog(name string, at, base int64) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, io.NewSectionReader(l.file, at, l.file.Size()-at))
+	_, err = io.Copy(f, io.NewSectionReader(l.file, of.at, l.file.Size()-of.at))
 	if err == nil {
 		err = f.Sync()
 	}

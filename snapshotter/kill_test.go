@@ -168,7 +168,7 @@ func unpackImage(ctx context.Context, o *teststore.Store) (layout.SnapshotKey, e
 }
 
 // above are the operations of other packages, which kill them in their tests.
-var above = []string{"container", "cache mount", "repair", "fence", "compact"}
+var above = []string{"container", "cache mount", "repair", "fence", "compact", "cache mount removal"}
 
 // TestKillAtEveryPoint kills a process at each fault point, at its first and a
 // later occurrence, and looks at what the next owner makes of the store.

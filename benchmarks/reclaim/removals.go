@@ -11,9 +11,9 @@ import (
 const (
 	// removedLayers is how many the large image has.
 	removedLayers = 4
-	// idleSamples is how many containers are made before the removal: so many
-	// that three of them are beyond the 99th percentile.
-	idleSamples = 300
+	// idleSamples is how many containers are made before the removal, and as many
+	// after it when the disk is free.
+	idleSamples = 500
 )
 
 // removals removes a large image, and makes containers of a small one meanwhile.
@@ -82,6 +82,11 @@ func removeLarge(ctx context.Context, s settings, e engine, how removal, base st
 	back := "not yet"
 	if d := free.seen(); d > 0 {
 		back = fmt.Sprintf("%.1f s", d.Seconds())
+		after, err := creations(ctx, e, base, idleSamples, func() bool { return false })
+		if err != nil {
+			return err
+		}
+		idle = append(idle, after...)
 	}
 	fmt.Printf("%-22s %14s %12s   %-22s %-22s %10s %10s %d, %d\n", e.name()+" "+how.name, ms(answer.took), back,
 		both(idle), both(meanwhile), ratio(50, meanwhile, idle), ratio(99, meanwhile, idle), len(idle), len(meanwhile))

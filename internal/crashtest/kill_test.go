@@ -22,9 +22,10 @@ import (
 // with it whether a later occurrence of its points comes.
 const minimumKills = 50
 
-// elsewhere are operations that the workload has no cause for; package repair
-// kills its own at each point of theirs, and fails if one never fires.
-var elsewhere = []string{"repair"}
+// elsewhere are operations that the workload has no cause for; packages repair,
+// metadata and journal kill their own at each point of theirs, and fail if one never
+// fires.
+var elsewhere = []string{"repair", "compact", "fence", "cache mount removal"}
 
 // TestKillAtEveryPoint kills a store at work at each fault point: at its first
 // occurrence, in the middle of its occurrences and near the end, which is to

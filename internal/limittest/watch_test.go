@@ -146,3 +146,8 @@ func settled(dir string) (bytes int64) {
 	})
 	return bytes
 }
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	must(t, os.WriteFile(path, []byte(text), 0o644))
+}
