@@ -111,10 +111,14 @@ limits: deps
 	BUILDS=$(or $(BUILDS),200) PULLS=$(or $(PULLS),1000) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 1h -v ./internal/limittest
 
 # A deep check beside sha256sum over the same files, and its memory on a store
-# of a million; a loop of pull and run alone and beside a check with --rate; what
-# removals cost, beside dockerd and containerd.
-deep online reclaim: build
+# of a million; a loop of pull and run alone and beside a check with --rate.
+deep online: build
 	$(GO) run ./benchmarks/$@
+
+# What removals, and the question what the disk holds, cost; beside dockerd and
+# containerd where they are installed.
+reclaim: build
+	$(GO) run ./benchmarks/reclaim rmi sweep df
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps

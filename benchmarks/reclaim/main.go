@@ -1,16 +1,25 @@
-// Command reclaim measures what removals cost: the caller, who else uses the
-// engine meanwhile, and the look at what the disk holds. Debian's dockerd and
-// containerd do the same work beside varve, one after the other, each with a root
-// of its own on the same file system.
+// Command reclaim measures how varve gives back disk space, beside Debian's
+// containerd and dockerd in the same run:
 //
-//	go run ./benchmarks/reclaim [-files N] [-sweep=false] [-df=false] [-peers=false] [-varve bin/varve] [-dir /var/tmp]
+//	go run ./benchmarks/reclaim [-peers=false] [-dir /var/tmp] [-varve bin/varve] QUESTION...
 //
-// It asks three things. How long does the removal of an image of so many files
-// take for its caller, how long does making containers take meanwhile, and when is
-// the disk free? What does a removal cost that is small in a store that is large?
-// How long does it take to tell what the disk holds? It wants root, `make build`,
-// and free inodes: for a million files three million, and for the containers of
-// df ten million, or fewer with -each. All of it takes about half an hour.
+// The questions, each of which has a file here, are
+//
+//	rmi    An image of a million files (-files) is removed: how long that takes
+//	       for who asks for it, how long until the disk space is back, and how
+//	       long the creation of a container takes meanwhile and before and after.
+//	df     The disk usage is asked for when there are a thousand containers
+//	       (-containers) of a thousand files each, and of ten thousand (-each).
+//	       Everybody gets an xfs of 24 GB on a loop device for it, in turn.
+//	sweep  Ten layers go, of a store of a thousand and of one of a hundred
+//	       thousand (-layers), in turn; and of containerd's with fewer (-theirs),
+//	       which takes long to make.
+//
+// It wants root, `make build` and Debian's packages docker-registry and
+// busybox-static; containerd and docker.io are measured if they are installed. It
+// runs them with roots and sockets of its own in a temporary directory of -dir,
+// which is on the file system that is measured, and needs 12 GB there. rmi takes
+// half an hour, of which most is the unpacking of the image by everyone.
 package main
 
 import (
@@ -21,121 +30,68 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"syscall"
-	"time"
-
-	"golang.org/x/sys/unix"
 )
 
-// settings are the flags.
-type settings struct {
-	files, layers    int
+// options are the flags.
+type options struct {
+	varve   string
+	peers   bool
+	files   int
+	samples int
+	layers  int
+	theirs  int
+
 	containers, each int
-	varve, dir       string
-	rmi, sweep, df   bool
-	peers            bool
+}
+
+var questions = map[string]func(ctx context.Context, b *bench) error{
+	"rmi":   rmi,
+	"df":    df,
+	"sweep": sweep,
 }
 
 func main() {
-	var s settings
-	flag.IntVar(&s.files, "files", 1_000_000, "files of the image that is removed")
-	flag.IntVar(&s.layers, "layers", 100_000, "layers of the large store, the small one has a thousand")
-	flag.IntVar(&s.containers, "containers", 1000, "containers that df tells of")
-	flag.IntVar(&s.each, "each", 10_000, "files of each, beside a round with a thousand")
-	flag.StringVar(&s.varve, "varve", "bin/varve", "path of the command")
-	flag.StringVar(&s.dir, "dir", "/var/tmp", "where the roots are made")
-	flag.BoolVar(&s.rmi, "rmi", true, "ask for removals")
-	flag.BoolVar(&s.sweep, "sweep", true, "ask for small removals in large stores")
-	flag.BoolVar(&s.df, "df", true, "ask for what the disk holds")
-	flag.BoolVar(&s.peers, "peers", true, "measure dockerd and containerd too")
+	var o options
+	dir := flag.String("dir", "/var/tmp", "a directory of the file system that is measured")
+	flag.StringVar(&o.varve, "varve", "bin/varve", "path of the command")
+	flag.BoolVar(&o.peers, "peers", true, "measure containerd and dockerd too")
+	flag.IntVar(&o.files, "files", 1_000_000, "rmi: files of the image that is removed")
+	flag.IntVar(&o.samples, "samples", 400, "rmi: at least so many containers are created before and after the removal")
+	flag.IntVar(&o.containers, "containers", 1000, "df: so many containers")
+	flag.IntVar(&o.each, "each", 10_000, "df: files of each in the end; a tenth of it first")
+	flag.IntVar(&o.layers, "layers", 100_000, "sweep: layers of the larger store; the smaller has a hundredth")
+	flag.IntVar(&o.theirs, "theirs", 10_000, "sweep: layers of containerd's larger store; the smaller has a tenth")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	// Who reads the tables may go before everything is cleaned up.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, s); err != nil {
+	if err := run(ctx, *dir, o, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "reclaim:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, s settings) error {
-	var err error
-	if s.varve, err = filepath.Abs(s.varve); err != nil {
+func run(ctx context.Context, dir string, o options, asked []string) (err error) {
+	if o.varve, err = filepath.Abs(o.varve); err != nil {
 		return err
 	}
-	for _, q := range []struct {
-		asked bool
-		ask   func(context.Context, settings) error
-	}{{s.rmi, removals}, {s.sweep, sweeps}, {s.df, usages}} {
-		if q.asked && err == nil {
-			err = q.ask(ctx, s)
-		}
+	if len(asked) == 0 {
+		asked = []string{"rmi", "df", "sweep"}
 	}
-	return err
-}
-
-// engines are those to measure, in order.
-func engines(s settings) []engine {
-	all := []engine{&varveEngine{command: s.varve}}
-	if s.peers {
-		all = append(all, &dockerEngine{}, &containerdEngine{})
-	}
-	return all
-}
-
-// each starts one engine after the other in a root of its own, and clears it away.
-func each(ctx context.Context, s settings, ask func(engine) error) error {
-	for _, e := range engines(s) {
-		if err := ctx.Err(); err != nil {
-			return err
+	for _, name := range asked {
+		ask := questions[name]
+		if ask == nil {
+			return fmt.Errorf("there is no question %q", name)
 		}
-		dir, err := os.MkdirTemp(s.dir, "varve-reclaim-")
+		b, err := newBench(dir, o)
 		if err != nil {
 			return err
 		}
-		err = e.start(ctx, dir)
-		if errors.Is(err, errAbsent) {
-			fmt.Printf("%-12s %v\n", e.name(), err)
-			os.RemoveAll(dir)
-			continue
-		}
-		if err == nil {
-			err = ask(e)
-		}
-		err = errors.Join(err, e.stop())
-		if rerr := os.RemoveAll(dir); err == nil {
-			err = rerr
-		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", e.name(), err)
+		if err := errors.Join(ask(ctx, b), b.end()); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
 	return nil
 }
-
-// freeInodes is how many the file system still has.
-func freeInodes(dir string) int64 {
-	var st unix.Statfs_t
-	if unix.Statfs(dir, &st) != nil {
-		return 0
-	}
-	return int64(st.Ffree)
-}
-
-// timed is how long fn takes.
-func timed(fn func() error) (time.Duration, error) {
-	begin := time.Now()
-	err := fn()
-	return time.Since(begin), err
-}
-
-// at is a percentile.
-func at(p int, all []time.Duration) time.Duration {
-	if len(all) == 0 {
-		return 0
-	}
-	sorted := slices.Sorted(slices.Values(all))
-	return sorted[min(len(sorted)-1, len(sorted)*p/100)]
-}
-
-func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }

@@ -1,0 +1,54 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// times are samples of how long something took.
+type times []time.Duration
+
+// at returns a percentile.
+func (t times) at(percent int) time.Duration {
+	if len(t) == 0 {
+		return 0
+	}
+	t = slices.Sorted(slices.Values(t))
+	return t[(len(t)-1)*percent/100]
+}
+
+// ms is a duration for people.
+func ms(d time.Duration) string {
+	if d >= 10*time.Second {
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	}
+	return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+}
+
+// ratio of two durations; "-" if there is none.
+func ratio(a, b time.Duration) string {
+	if a == 0 || b == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.2f", float64(a)/float64(b))
+}
+
+// table prints rows below a heading, each column as wide as it has to be.
+func table(title string, rows ...[]string) {
+	fmt.Printf("\n%s\n", title)
+	width := map[int]int{}
+	for _, row := range rows {
+		for i, cell := range row {
+			width[i] = max(width[i], len(cell))
+		}
+	}
+	for _, row := range rows {
+		var line strings.Builder
+		for i, cell := range row {
+			fmt.Fprintf(&line, "%-*s  ", width[i], cell)
+		}
+		fmt.Println(strings.TrimRight(line.String(), " "))
+	}
+}
