@@ -66,8 +66,9 @@ func main() {
 	// Who reads the tables may go before everything is cleaned up.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, *dir, o, flag.Args()); err != nil {
+	err := run(ctx, *dir, o, flag.Args())
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "reclaim:", err)
 		os.Exit(1)
 	}
