@@ -118,7 +118,7 @@ deep online: build
 # What removals, and the question what the disk holds, cost; beside dockerd and
 # containerd where they are installed.
 reclaim: build
-	$(GO) run ./benchmarks/reclaim rmi sweep df
+	$(GO) run ./benchmarks/reclaim $(or $(QUESTIONS),rmi sweep df)
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps

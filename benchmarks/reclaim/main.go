@@ -15,11 +15,15 @@
 //	       thousand (-layers), in turn; and of containerd's with fewer (-theirs),
 //	       which takes long to make.
 //
-// It wants root, `make build` and Debian's packages docker-registry and
-// busybox-static; containerd and docker.io are measured if they are installed. It
-// runs them with roots and sockets of its own in a temporary directory of -dir,
-// which is on the file system that is measured, and needs 12 GB there. rmi takes
-// half an hour, of which most is the unpacking of the image by everyone.
+// Without one all are asked. It wants root, `make build` and Debian's packages
+// docker-registry, busybox-static and xfsprogs; containerd and docker.io are
+// measured if they are installed. It runs them with roots and sockets of its own
+// in a temporary directory of -dir, which is on the file system that is measured,
+// and needs 24 GB there. An interrupt ends it, and what it started, too.
+//
+// All of it takes hours on a busy disk: most of that is the making of what is
+// then removed. -files 40000, -containers 100 -each 1000 and -theirs 1500 with
+// -layers 15000 take minutes.
 package main
 
 import (

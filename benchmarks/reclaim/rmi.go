@@ -35,7 +35,7 @@ func rmi(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	rows := [][]string{{"", "for the caller", "until the space is back", "creates", "idle p50", "p99", "meanwhile p50", "p99", "max", "ratio p50", "ratio p99"}}
+	rows := [][]string{{"", "for the caller", "until the space is back", "creates", "idle p50", "p99", "meanwhile p50", "p99", "max", "ratio p50", "ratio p99", "with its removal: idle max", "meanwhile max"}}
 	err = b.eachEngine(ctx, nil, func(_ string, e engine) error {
 		if err := e.pull(ctx, small); err != nil {
 			return err
@@ -65,7 +65,15 @@ func pushed(registry *testkit.RegistryServer, make func() (testkit.Image, error)
 // reclaim is what was measured of a removal.
 type reclaim struct {
 	caller, back    time.Duration
-	idle, meanwhile times
+	idle, meanwhile made
+}
+
+// made is how long containers took to make, and to make and remove: who holds up
+// the one may hold up only the other.
+type made struct{ create, both times }
+
+func (m *made) add(more made) {
+	m.create, m.both = append(m.create, more.create...), append(m.both, more.both...)
 }
 
 func (r reclaim) row(name string) []string {
@@ -73,9 +81,12 @@ func (r reclaim) row(name string) []string {
 	if r.back > 0 {
 		back = ms(r.back)
 	}
-	return []string{name, ms(r.caller), back, fmt.Sprintf("%d, %d", len(r.idle), len(r.meanwhile)), ms(r.idle.at(50)), ms(r.idle.at(99)),
-		ms(r.meanwhile.at(50)), ms(r.meanwhile.at(99)), ms(r.meanwhile.at(100)),
-		ratio(r.meanwhile.at(50), r.idle.at(50)), ratio(r.meanwhile.at(99), r.idle.at(99))}
+	idle, meanwhile := r.idle.create, r.meanwhile.create
+	return []string{
+		name, ms(r.caller), back, fmt.Sprintf("%d, %d", len(idle), len(meanwhile)), ms(idle.at(50)), ms(idle.at(99)),
+		ms(meanwhile.at(50)), ms(meanwhile.at(99)), ms(meanwhile.at(100)), ratio(meanwhile.at(50), idle.at(50)), ratio(meanwhile.at(99), idle.at(99)),
+		ms(r.idle.both.at(100)), ms(r.meanwhile.both.at(100)),
+	}
 }
 
 // removeMany pulls an image, removes it, and creates containers before, while the
@@ -134,24 +145,24 @@ func removeMany(ctx context.Context, e engine, way removal, small, many string, 
 	if err := sleep(ctx, 2*time.Second); err != nil {
 		return r, err
 	}
-	rest, err := creates(ctx, e, small, enough(max(samples/2, len(r.meanwhile)-len(r.idle))))
-	r.idle = append(r.idle, rest...)
+	rest, err := creates(ctx, e, small, enough(max(samples/2, len(r.meanwhile.create)-len(r.idle.create))))
+	r.idle.add(rest)
 	return r, err
 }
 
-// creates makes and removes containers until there are enough, and tells how long
-// the making took.
-func creates(ctx context.Context, e engine, image string, enough func(made int) bool) (t times, err error) {
-	for !enough(len(t)) {
+// creates makes and removes containers until there are enough.
+func creates(ctx context.Context, e engine, image string, enough func(n int) bool) (t made, err error) {
+	for !enough(len(t.create)) {
 		begin := time.Now()
 		id, err := e.create(ctx, image)
 		if err != nil {
 			return t, err
 		}
-		t = append(t, time.Since(begin))
+		t.create = append(t.create, time.Since(begin))
 		if err := e.remove(ctx, id); err != nil {
 			return t, err
 		}
+		t.both = append(t.both, time.Since(begin))
 		if err := sleep(ctx, betweenCreates); err != nil {
 			return t, err
 		}
