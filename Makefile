@@ -115,11 +115,10 @@ limits: deps
 deep online: build
 	$(GO) run ./benchmarks/$@
 
-# What removals and `df` cost, beside containerd and dockerd where they can be
-# had. FLAGS: -files 100000 -peers=false and others, which the package tells of.
+# What removals, and the question what the disk holds, cost; beside dockerd and
+# containerd where they are installed.
 reclaim: build
-	-@scripts/install-packages $(PEERS)
-	$(GO) run ./benchmarks/reclaim $(FLAGS)
+	$(GO) run ./benchmarks/reclaim $(or $(QUESTIONS),rmi sweep df)
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps

@@ -31,7 +31,7 @@ func Metrics(k *Keeper) http.Handler {
 		Name: "varve_build_info", Help: "1, with the version.", ConstLabels: prometheus.Labels{"version": version.Version},
 	})
 	build.Set(1)
-	r.MustRegister(build, checks{k}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	r.MustRegister(build, checks{k}, space{k}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
 }
 
@@ -52,6 +52,36 @@ func ServeMetrics(addr string, k *Keeper) (io.Closer, error) {
 	s := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = s.Serve(l) }() // ends with the listener
 	return s, nil
+}
+
+// space collects what the store takes of its disk.
+type space struct{ k *Keeper }
+
+var (
+	spaceBytes = prometheus.NewDesc("varve_space_bytes", "Bytes of the disk that the store takes, by what they are for; they add up to all.", []string{"of"}, nil)
+	freeBytes  = prometheus.NewDesc("varve_space_free_bytes", "Bytes that the store's file system still has.", nil, nil)
+)
+
+// Describe implements prometheus.Collector: what there is depends on the store.
+func (s space) Describe(chan<- *prometheus.Desc) {}
+
+// Collect implements prometheus.Collector.
+func (s space) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeTimeout)
+	defer cancel()
+	u, err := s.k.DiskUsage(ctx, varve.DiskUsageRequest{})
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(spaceBytes, err)
+		return
+	}
+	for of, bytes := range map[string]int64{
+		"images": u.Images.Bytes, "cache": u.Cache.Bytes, "cache_mounts": u.CacheMounts.Bytes, "containers": u.Containers.Bytes,
+		"volumes": u.Volumes.Bytes, "quarantine": u.Quarantine.Bytes, "trash": u.Trash.Bytes, "metadata": u.Metadata,
+		"directories": u.Fixed, "unfinished": u.Unfinished, "in_flight": u.InFlight,
+	} {
+		out <- prometheus.MustNewConstMetric(spaceBytes, prometheus.GaugeValue, float64(bytes), of)
+	}
+	out <- prometheus.MustNewConstMetric(freeBytes, prometheus.GaugeValue, float64(u.Free))
 }
 
 // checks collects what is kept of deep checks: nothing of one that never was.

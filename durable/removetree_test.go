@@ -51,7 +51,7 @@ func TestRemoveTree(t *testing.T) {
 		if err == nil {
 			break
 		}
-		if err != stop {
+		if !errors.Is(err, stop) {
 			t.Fatal(err)
 		}
 		if _, err := os.Lstat(tree); err != nil {

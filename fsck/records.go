@@ -148,13 +148,13 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 	})
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
-		return nil, inUse
+		return nil, errInUse
 	case err != nil:
 		c.damaged("M2", theDatabase, "%v", err)
 		return nil, nil
 	}
 	if !c.inPlace(opened) {
-		return nil, errors.Join(inUse, db.Close())
+		return nil, errors.Join(errInUse, db.Close())
 	}
 	// Under bbolt's lock, so that nobody writes meanwhile.
 	err = pages.Walk(opened)
@@ -167,7 +167,7 @@ func (c *checker) open(file **os.File) (*bolt.DB, error) {
 	return db, nil
 }
 
-var inUse = fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
+var errInUse = fmt.Errorf("another process has the store open: %w", errdefs.ErrUnavailable)
 
 // inPlace tells whether the database's name still leads to the file whose lock has
 // come: who has a store open puts another in its place when it compacts it.

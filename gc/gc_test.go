@@ -29,15 +29,15 @@ type host struct {
 	*gc.Collector
 }
 
-func newHost(t testing.TB, limits gc.Limits) host {
+func newHost(t testing.TB) host {
 	t.Helper()
 	s := teststore.New(t)
-	return host{s, collect(t, s, limits)}
+	return host{s, collect(t, s)}
 }
 
-func collect(t testing.TB, s *teststore.Store, limits gc.Limits) *gc.Collector {
+func collect(t testing.TB, s *teststore.Store) *gc.Collector {
 	t.Helper()
-	c := gc.New(gc.Config{Root: s.Root, DB: s.DB, Journal: s.Journal, Blobs: s.Blobs, Limits: limits})
+	c := gc.New(gc.Config{Root: s.Root, DB: s.DB, Journal: s.Journal, Blobs: s.Blobs})
 	t.Cleanup(c.Close)
 	return c
 }
@@ -99,7 +99,7 @@ func (h host) keep(t testing.TB, bytes int64) {
 }
 
 func TestTheLeastRecentlyUsedGoes(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	for i, used := range []time.Duration{3, 1, 2} {
 		h.make(t, step{key: fmt.Sprint(i), size: kib100, used: used * time.Hour})
 	}
@@ -112,7 +112,7 @@ func TestTheLeastRecentlyUsedGoes(t *testing.T) {
 
 // Of those about as old, what frees most for the least work goes first.
 func TestTheCheapestGoes(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	h.make(t, step{key: "dear", size: kib100, used: 1, took: time.Hour})
 	h.make(t, step{key: "cheap", size: kib100, used: 2, took: time.Second})
 	h.make(t, step{key: "large", size: 10 * kib100, used: 3, took: time.Second})
@@ -125,7 +125,7 @@ func TestTheCheapestGoes(t *testing.T) {
 // A young result keeps what it stands on, however long that was not used, and
 // not a moment longer than it is there itself.
 func TestOldParentUnderYoungChild(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	h.make(t, step{key: "parent", size: kib100, used: 1})
 	h.make(t, step{key: "other", size: kib100, used: 2 * time.Hour})
 	h.make(t, step{key: "child", on: snapshotOf("parent"), size: kib100, used: 3 * time.Hour})
@@ -140,7 +140,7 @@ func TestOldParentUnderYoungChild(t *testing.T) {
 // What an image, a container or an operation under way needs does not go, and
 // goes when it does not need it any more.
 func TestWhatIsInUseStays(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	for _, key := range []string{"container", "free", "image", "lease"} {
 		h.make(t, step{key: key, size: kib100, used: time.Hour})
 	}
@@ -163,7 +163,7 @@ func TestWhatIsInUseStays(t *testing.T) {
 // A chain of results goes from its end, in one round and with a cost that
 // follows its length.
 func TestLongChainGoes(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	const n = 300
 	for i := range n {
 		on := layout.SnapshotKey("")
@@ -181,8 +181,8 @@ func TestLongChainGoes(t *testing.T) {
 }
 
 func TestAge(t *testing.T) {
-	h := newHost(t, gc.Limits{})
-	now := time.Now().Sub(day)
+	h := newHost(t)
+	now := time.Since(day)
 	h.make(t, step{key: "old", size: 10, used: now - 2*time.Hour})
 	h.make(t, step{key: "new", size: 10, used: now - time.Minute})
 	must(t, h.Settle(t.Context(), gc.Limits{CacheAge: time.Hour}))
@@ -192,7 +192,7 @@ func TestAge(t *testing.T) {
 // Leases end when their time is up, and what they alone held goes; a lease of a
 // process that lives has no time.
 func TestLeasesExpire(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	ctx := t.Context()
 	for _, key := range []string{"a", "b"} {
 		h.make(t, step{key: key, size: 10})
@@ -221,7 +221,7 @@ func TestLeasesExpire(t *testing.T) {
 
 // A prune is called off between two transactions, at once.
 func TestPruneIsCalledOff(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	for i := range 20 {
 		h.make(t, step{key: fmt.Sprintf("%02d", i), size: 10, used: time.Duration(i)})
 	}
@@ -242,7 +242,7 @@ func TestPruneIsCalledOff(t *testing.T) {
 
 // Directories that others write to are measured, once while nothing changes.
 func TestMeasures(t *testing.T) {
-	h := newHost(t, gc.Limits{})
+	h := newHost(t)
 	ctx := t.Context()
 	dir := h.Root.Path(layout.CacheMountPath("mount"))
 	must(t, os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "a"), make([]byte, kib100), 0o644), os.Link(filepath.Join(dir, "a"), filepath.Join(dir, "b")))

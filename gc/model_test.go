@@ -423,8 +423,7 @@ func (m *model) compare(t *testing.T) {
 	m.await(t)
 	must(t, m.s.Journal.Drain(t.Context()))
 	want := map[string]bool{}
-	var reach func(layout.SnapshotKey)
-	reach = func(key layout.SnapshotKey) {
+	reach := func(key layout.SnapshotKey) {
 		for ; key != ""; key = m.snaps[key].on {
 			s := m.snaps[key]
 			want[string(layout.SnapshotNode(key))], want[string(layout.LayerNode(s.layer))], want[string(layout.BlobNode(s.files))] = true, true, true

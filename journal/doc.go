@@ -15,9 +15,10 @@
 // are renamed to the trash and deleted in the background.
 //
 // The race between the two, a blob that is being swept and published again,
-// is decided in the database: a publication takes an unclaimed sweep back, and
-// waits for a claimed one to end; a sweep is claimed only while nothing names
-// its files.
+// is decided in the database: a publication takes an unclaimed sweep back, waits
+// while the files of a claimed one are renamed away, and does not wait for the
+// deleting, which is paced; a sweep is claimed only while nothing names its
+// files.
 //
 // Invariants kept: B4, L2, T1, T2, G1, G2, J1.
 //

@@ -295,7 +295,7 @@ func (c *compaction) catchUp() (more bool, err error) {
 func copyAgain(from, to *Tx, name string, keys []string) error {
 	b := from.bolt.Bucket([]byte(name))
 	for _, key := range keys {
-		err := error(nil)
+		var err error
 		if v, ok := lookUp(b, []byte(key)); ok {
 			err = to.put(name, []byte(key), v)
 		} else {

@@ -10,7 +10,8 @@
 // keys that parse), M4 (the change log), M5 (every bucket has the sum of its
 // entries), E1 (edges in both directions), L5 (the layer index), and,
 // for what [Tx.Unlink] leaves unreferenced, E4: it goes in the same
-// transaction, with a sweep row for its files.
+// transaction, with a sweep row for its files. E5 and A1 (accounts.go): what is
+// in use, and what everything takes, are booked as they change.
 //
 // Concurrency: any number of views beside one commit. Updates from many
 // goroutines that arrive while a commit is being written share the next one,
@@ -29,5 +30,5 @@
 // with Options.Rebuild makes a new database from the change log.
 //
 // Start reading at db.go, then tx.go, then refs.go, then changelog.go, then
-// check.go.
+// check.go, then compact.go.
 package metadata

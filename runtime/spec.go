@@ -15,7 +15,7 @@ import (
 	"varve.dev/overlay"
 )
 
-// ExitFile, in a container's directory, holds an [Exit].
+// ExitFile is the name in a container's directory of what holds an [Exit].
 const ExitFile = "exit.json"
 
 // Spec says what a container is to be.

@@ -3,35 +3,52 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
-// timed is how long fn takes.
-func timed(fn func() error) (time.Duration, error) {
-	begin := time.Now()
-	err := fn()
-	return time.Since(begin), err
-}
+// times are samples of how long something took.
+type times []time.Duration
 
-// at is a percentile.
-func at(p int, all []time.Duration) time.Duration {
-	if len(all) == 0 {
+// at returns a percentile.
+func (t times) at(percent int) time.Duration {
+	if len(t) == 0 {
 		return 0
 	}
-	sorted := slices.Sorted(slices.Values(all))
-	return sorted[min(len(sorted)-1, len(sorted)*p/100)]
+	t = slices.Sorted(slices.Values(t))
+	return t[(len(t)-1)*percent/100]
 }
 
-func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }
-
-// both are the two percentiles that the tables have.
-func both(all []time.Duration) string { return ms(at(50, all)) + "  " + ms(at(99, all)) }
-
-// ratio is of percentiles. Of fewer than a hundred the 99th is the longest, which
-// is what an engine shows that makes nothing meanwhile.
-func ratio(p int, all, to []time.Duration) string {
-	if len(all) == 0 || at(p, to) == 0 {
-		return "n/a"
+// ms is a duration for people.
+func ms(d time.Duration) string {
+	if d >= 10*time.Second {
+		return fmt.Sprintf("%.1f s", d.Seconds())
 	}
-	return fmt.Sprintf("%.2f", float64(at(p, all))/float64(at(p, to)))
+	return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+}
+
+// ratio of two durations; "-" if there is none.
+func ratio(a, b time.Duration) string {
+	if a == 0 || b == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.2f", float64(a)/float64(b))
+}
+
+// table prints rows below a heading, each column as wide as it has to be.
+func table(title string, rows ...[]string) {
+	fmt.Printf("\n%s\n", title)
+	width := map[int]int{}
+	for _, row := range rows {
+		for i, cell := range row {
+			width[i] = max(width[i], len(cell))
+		}
+	}
+	for _, row := range rows {
+		var line strings.Builder
+		for i, cell := range row {
+			fmt.Fprintf(&line, "%-*s  ", width[i], cell)
+		}
+		fmt.Println(strings.TrimRight(line.String(), " "))
+	}
 }

@@ -24,7 +24,8 @@ type Rules interface {
 	// there is enough. It is called often, and under the budget's lock.
 	Short(claimed, written, extra int64) int64
 	// Free makes room for at least so many bytes, or for some, and returns
-	// nil if it is worth trying again. The error says why there is no room.
+	// nil if it is worth trying again. The error says why there is no room; one
+	// without a kind becomes ErrResourceExhausted.
 	Free(ctx context.Context, short int64) error
 }
 
@@ -139,7 +140,10 @@ func (c *Claim) get(ctx context.Context, bytes int64) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			return fmt.Errorf("%s: %w: %w", c.purpose, err, errdefs.ErrResourceExhausted)
+			if !errdefs.Has(err) { // of a kind of its own, the disk's failure for one
+				err = fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
+			}
+			return fmt.Errorf("%s: %w", c.purpose, err)
 		}
 	}
 }

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"varve.dev/internal/testkit"
+)
+
+// bench is where one question is asked: a directory and what has to be ended and
+// cleaned up when it is answered or not.
+type bench struct {
+	options
+	dir  string
+	ends []func() error // the last first
+}
+
+func newBench(in string, o options) (*bench, error) {
+	dir, err := os.MkdirTemp(in, "varve-reclaim-")
+	if err != nil {
+		return nil, err
+	}
+	return &bench{options: o, dir: dir, ends: []func() error{
+		func() error { return os.RemoveAll(dir) },
+		func() error { return unmountBelow(dir) },
+	}}, nil
+}
+
+func (b *bench) end() (err error) {
+	for _, end := range slices.Backward(b.ends) {
+		err = errors.Join(err, end())
+	}
+	b.ends = nil
+	return err
+}
+
+// unmountBelow unmounts what the daemons left mounted, the innermost first.
+func unmountBelow(dir string) error {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for _, line := range slices.Backward(slices.Collect(strings.Lines(string(mounts)))) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 || !strings.HasPrefix(fields[1], dir+"/") {
+			continue
+		}
+		if unix.Unmount(fields[1], 0) != nil {
+			err = errors.Join(err, unix.Unmount(fields[1], unix.MNT_DETACH))
+		}
+	}
+	return err
+}
+
+// mkdir makes a directory in the bench's own.
+func (b *bench) mkdir(name string) (string, error) {
+	dir := filepath.Join(b.dir, name)
+	return dir, os.MkdirAll(dir, 0o711)
+}
+
+// start runs a daemon until the end, and waits until it answers. An interrupt
+// from the terminal does not reach it: it is ended after the work.
+func (b *bench) start(ctx context.Context, cmd *exec.Cmd, answers func() error) error {
+	var log testkit.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		_ = cmd.Wait() // it is told to end; its log says what went wrong
+		close(done)
+	}()
+	b.ends = append(b.ends, func() error {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-done:
+			return nil
+		case <-time.After(time.Minute):
+		}
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		<-done
+		return fmt.Errorf("%s did not end and was killed", cmd.Args[0])
+	})
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		err := answers()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-done:
+			return fmt.Errorf("%s has ended: %s", cmd.Args[0], log.String())
+		case <-ctx.Done():
+			return ctx.Err()
+		default:
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s does not answer: %w: %s", cmd.Args[0], err, log.String())
+		}
+	}
+}
+
+// output runs a command that has to go well. It ends with ctx.
+func output(ctx context.Context, env []string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Env = append(os.Environ(), env...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, errs.String())
+	}
+	return out.String(), nil
+}
+
+// registry serves images to all.
+func (b *bench) registry(ctx context.Context) (*testkit.RegistryServer, error) {
+	dir, err := b.mkdir("registry")
+	if err != nil {
+		return nil, err
+	}
+	registry, err := testkit.StartRegistry(ctx, dir, "127.0.0.1:0")
+	if err == nil {
+		b.ends = append(b.ends, func() error { registry.Stop(); return nil })
+	}
+	return registry, err
+}
+
+// sleep waits, or returns the error of ctx.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
