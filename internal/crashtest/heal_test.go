@@ -22,6 +22,9 @@ const (
 	untouched = "the page is not in use"
 )
 
+// metaPages are those that bbolt's commits write in turn.
+const metaPages = 2
+
 // TestDamageWhileOpen makes pages of the database bad while the store is open,
 // and has it checked. The database is made anew, and calls go on.
 func TestDamageWhileOpen(t *testing.T) {
@@ -90,7 +93,13 @@ func (d *damaged) damageOpen(t *testing.T, i int) (kind string, page int, outcom
 	}
 	info, err := k.Info(ctx)
 	must(t, err)
-	if told := strings.Join(info.Recovered, "\n"); strings.Contains(told, "was rebuilt") != (outcome == healed) || strings.Contains(told, "lost: ") {
+	told := strings.Join(info.Recovered, "\n")
+	if page < metaPages && outcome == healed && told == "" {
+		// What the daemon commits by itself, the measure of a directory for one,
+		// has written the page again before anybody opened the store anew.
+		outcome = untouched
+	}
+	if strings.Contains(told, "was rebuilt") != (outcome == healed) || strings.Contains(told, "lost: ") {
 		t.Errorf("%s, page %d, %s: info tells %q", kind, page, outcome, told)
 	}
 	return kind, page, outcome
