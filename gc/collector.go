@@ -148,9 +148,9 @@ func (c *Collector) Settle(ctx context.Context, l Limits) error {
 }
 
 // compact has the change log written anew if it has grown far beyond what it
-// tells of, and the database if more than half of it is free. What
-// that takes meanwhile is claimed; with no room for it the database stays as it
-// is.
+// tells of, and the database if much of it is free. What that takes meanwhile is
+// claimed; with no room for it the database stays as it is. Room is not made: the
+// caller has begun.
 func (c *Collector) compact(ctx context.Context) error {
 	if c.DB.LogWorthCompacting() {
 		if err := later(c.DB.CompactLog(ctx)); err != nil {
@@ -163,11 +163,8 @@ func (c *Collector) compact(ctx context.Context) error {
 	}
 	claim := c.space.Claim("compact the database")
 	defer claim.Release()
-	if c.short(c.Limits, 0, 0, live) > 0 {
+	if !claim.Try(live) {
 		return nil
-	}
-	if err := claim.Write(ctx, live); err != nil {
-		return err
 	}
 	return later(c.DB.Compact(ctx))
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -268,5 +269,49 @@ func TestMeasures(t *testing.T) {
 	}
 	if u := h.Usage(); u.CacheMounts != (layout.Usage{}) || u.Trash != (layout.Usage{}) {
 		t.Errorf("accounts of what is gone: %+v", u)
+	}
+}
+
+// A database that could be compacted, and has no room for it beside what others
+// have claimed, stays as it is: whoever collects does not wait for itself.
+func TestCompactionWithoutRoom(t *testing.T) {
+	s := teststore.New(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	change := func(fn func(tx *metadata.Tx, key string) error) {
+		for from := 0; from < 20_000; from += 4000 {
+			must(t, s.DB.Update(ctx, func(tx *metadata.Tx) (err error) {
+				for i := from; i < from+4000; i++ {
+					err = errors.Join(err, fn(tx, fmt.Sprintf("%064x", i*7919)))
+				}
+				return err
+			}))
+		}
+	}
+	change(func(tx *metadata.Tx, key string) error {
+		return tx.PutCache(key, layout.CacheRecord{Description: strings.Repeat("x", 600), LastUse: day})
+	})
+	change(func(tx *metadata.Tx, key string) error {
+		if strings.HasSuffix(key, "7") { // some stay: the copy takes space
+			return nil
+		}
+		return tx.Drop(layout.CacheNode(key))
+	})
+	live, worth, err := s.DB.WorthCompacting()
+	if err != nil || !worth {
+		t.Fatalf("%d bytes live, not worth it: %v", live, err)
+	}
+	c := collect(t, s)
+	limited := gc.New(gc.Config{Root: s.Root, DB: s.DB, Journal: s.Journal, Blobs: s.Blobs, Limits: gc.Limits{Size: c.Usage().Total + live + 4<<20}})
+	defer limited.Close()
+	claim := limited.Space().Claim("another")
+	must(t, claim.Reserve(ctx, live), limited.Settle(ctx, limited.Limits))
+	if _, worth, err := s.DB.WorthCompacting(); err != nil || !worth {
+		t.Errorf("it was compacted into what another has claimed: %v", err)
+	}
+	claim.Release()
+	must(t, limited.Settle(ctx, limited.Limits))
+	if _, worth, err := s.DB.WorthCompacting(); err != nil || worth {
+		t.Errorf("it was not compacted when there was room: %v", err)
 	}
 }

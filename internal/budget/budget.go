@@ -77,6 +77,24 @@ func (c *Claim) Reserve(ctx context.Context, bytes int64) error {
 	return c.get(ctx, bytes)
 }
 
+// Try sets bytes aside if there is room for them as it is: nothing is freed, and
+// nobody is waited for. It is for whoever may be freeing.
+func (c *Claim) Try(bytes int64) bool {
+	return c == nil || c.grant(bytes) <= 0
+}
+
+// grant sets bytes aside, or tells how many are too many.
+func (c *Claim) grant(bytes int64) (short int64) {
+	b := c.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if short = b.rules.Short(b.claimed, b.written, bytes); short <= 0 {
+		b.claimed += bytes
+		c.granted += bytes
+	}
+	return short
+}
+
 // step is what a claim gets at least when it needs more: asking costs.
 const step = 1 << 20
 
@@ -121,22 +139,15 @@ func (c *Claim) take(ctx context.Context, bytes int64) (missing int64) {
 
 // get is granted more.
 func (c *Claim) get(ctx context.Context, bytes int64) error {
-	b := c.budget
 	for {
-		b.mu.Lock()
-		short := b.rules.Short(b.claimed, b.written, bytes)
-		if short <= 0 {
-			b.claimed += bytes
-			c.granted += bytes
-		}
-		b.mu.Unlock()
+		short := c.grant(bytes)
 		if short <= 0 {
 			return nil
 		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := b.rules.Free(ctx, short); err != nil {
+		if err := c.budget.rules.Free(ctx, short); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}

@@ -58,6 +58,9 @@ func TestClaims(t *testing.T) {
 	if err := blob.Write(Of(ctx, pull), 1); !errors.Is(err, errdefs.ErrResourceExhausted) {
 		t.Errorf("a byte too many: %v", err)
 	}
+	if last := b.Claim("last"); last.Try(1) {
+		t.Error("a byte too many was granted")
+	}
 	blob.Release()
 	blob.Release()
 	pull.Release()
@@ -71,6 +74,12 @@ func TestClaims(t *testing.T) {
 	}
 	c.Unwrite(1)
 	c.Release()
+	r.loose = 4 << 20
+	if last := b.Claim("last"); last.Try(7<<20) || r.loose != 4<<20 {
+		t.Errorf("more than there is, %d left to free", r.loose)
+	} else if !last.Try(6 << 20) {
+		t.Error("what there is was not granted")
+	}
 }
 
 // Whatever happens, never more is claimed than there is, and all of it comes
