@@ -178,7 +178,7 @@ func (e *Engine) pruneImages(ctx context.Context, req varve.PruneRequest, out *v
 	removed, err := e.images.Prune(ctx, image.Prune{
 		Named: req.All, Before: req.Until, Match: req.Match(),
 		Spare: func(target digest.Digest, names []string) bool {
-			return used[target.String()] || slices.ContainsFunc(names, func(n string) bool { return used[n] || e.options.Limits.Pinned(n, familiar(n)) })
+			return used[target.String()] || slices.ContainsFunc(names, func(n string) bool { return used[n] || e.options.Limits.Pinned(n) })
 		},
 		Progress: func(image.Removed) { tell("images") },
 	})

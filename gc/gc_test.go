@@ -315,3 +315,25 @@ func TestCompactionWithoutRoom(t *testing.T) {
 		t.Errorf("it was not compacted when there was room: %v", err)
 	}
 }
+
+// A pin may be written as the name is shown.
+func TestPins(t *testing.T) {
+	for pattern, want := range map[string][]bool{
+		"debian:*":                  {true, true, false, false},
+		"debian":                    {true, true, false, false},
+		"docker.io/library/*":       {true, true, false, false},
+		"debian:12":                 {true, false, false, false},
+		"registry.example/team/*":   {false, false, true, false},
+		"registry.example/team/a":   {false, false, true, false},
+		"somebody/*":                {false, false, false, true},
+		"docker.io/somebody/debian": {false, false, false, true},
+	} {
+		l := gc.Limits{Pins: []string{"nothing", pattern}}
+		must(t, l.Check())
+		for i, name := range []string{"docker.io/library/debian:12", "docker.io/library/debian:13", "registry.example/team/a:1", "docker.io/somebody/debian:12"} {
+			if got := l.Pinned(name); got != want[i] {
+				t.Errorf("pin %q, image %s: %t", pattern, name, got)
+			}
+		}
+	}
+}

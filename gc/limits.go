@@ -3,8 +3,10 @@ package gc
 import (
 	"fmt"
 	"path"
-	"strings"
+	"slices"
 	"time"
+
+	"github.com/distribution/reference"
 
 	"varve.dev/errdefs"
 )
@@ -28,9 +30,9 @@ type Limits struct {
 	// Images says whether images go that no container stands on, for want of
 	// space.
 	Images Images
-	// Pins are patterns of the names of images that neither want of space
-	// nor a prune removes, as
-	// path.Match has them: "docker.io/library/*".
+	// Pins are patterns, as path.Match has them, of the names of images that
+	// neither want of space nor a prune removes. A name may be written in full
+	// or as docker shows it, with its tag or without: "debian:*".
 	Pins []string
 	// Downloads is how long a download that was cut off waits to be gone on
 	// with; 0: a week.
@@ -70,19 +72,21 @@ func (l Limits) downloads() time.Duration {
 	return defaultDownloads
 }
 
-// Pinned tells whether an image is pinned, by one of the ways to write its name.
-func (l Limits) Pinned(names ...string) bool {
-	for _, p := range l.Pins {
-		for _, n := range names {
-			repository, _, _ := strings.Cut(path.Base(n), ":")
-			for _, n := range []string{n, path.Join(path.Dir(n), repository)} {
-				if ok, _ := path.Match(p, n); ok {
-					return true
-				}
-			}
-		}
+// Pinned tells whether an image is pinned, by its full name.
+func (l Limits) Pinned(name string) bool {
+	if len(l.Pins) == 0 {
+		return false
 	}
-	return false
+	ways := []string{name}
+	if ref, err := reference.ParseNormalizedNamed(name); err == nil {
+		ways = append(ways, ref.Name(), reference.FamiliarString(ref), reference.FamiliarName(ref))
+	}
+	return slices.ContainsFunc(l.Pins, func(pattern string) bool {
+		return slices.ContainsFunc(ways, func(way string) bool {
+			ok, _ := path.Match(pattern, way)
+			return ok
+		})
+	})
 }
 
 // Check refuses limits that make no sense. Errors: ErrInvalidArgument.
