@@ -8,6 +8,7 @@ import (
 	ccontent "github.com/containerd/containerd/v2/core/content"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 	"varve.dev/metadata"
 )
@@ -137,26 +138,23 @@ func canBeHadAgain(tx *metadata.Tx, d layout.BlobDigest, rec layout.BlobRecord) 
 // dropAll removes blobs from what refers to them, if they can still be had
 // again.
 func dropAll(tx *metadata.Tx, batch []layout.BlobDigest) (freed int64, err error) {
-	before, err := trashed(tx)
-	if err != nil {
-		return 0, err
-	}
-	for _, d := range batch {
-		if !tx.Blobs().Has(d) {
-			continue
+	return freeing(tx, func() error {
+		for _, d := range batch {
+			rec, err := tx.Blobs().Get(d)
+			if errors.Is(err, errdefs.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			manifests, err := canBeHadAgain(tx, d, rec)
+			if err == nil && len(manifests) > 0 {
+				err = tx.Drop(layout.BlobNode(d))
+			}
+			if err != nil {
+				return err
+			}
 		}
-		rec, err := tx.Blobs().Get(d)
-		if err != nil {
-			return 0, err
-		}
-		manifests, err := canBeHadAgain(tx, d, rec)
-		if err == nil && len(manifests) > 0 {
-			err = tx.Drop(layout.BlobNode(d))
-		}
-		if err != nil {
-			return 0, err
-		}
-	}
-	after, err := trashed(tx)
-	return after - before, err
+		return nil
+	})
 }

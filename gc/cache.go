@@ -12,12 +12,6 @@ import (
 	"varve.dev/metadata"
 )
 
-// eviction says which build results may go.
-type eviction struct {
-	before time.Time // only those that were last used before; zero: any
-	keep   func(key string, rec layout.CacheRecord) bool
-}
-
 // evicted is what went.
 type evicted struct {
 	records int
@@ -58,10 +52,10 @@ func (c *Collector) shrinkCache(ctx context.Context, bytes int64) (int64, error)
 	c.mu.Lock()
 	from := c.hand
 	c.mu.Unlock()
-	first, at, err := c.evictFrom(ctx, from, bytes, eviction{})
+	first, at, err := c.evictFrom(ctx, from, bytes, time.Time{})
 	if err == nil && first.bytes < bytes {
 		var again evicted
-		again, at, err = c.evictFrom(ctx, hand{}, bytes-first.bytes, eviction{})
+		again, at, err = c.evictFrom(ctx, hand{}, bytes-first.bytes, time.Time{})
 		first.bytes += again.bytes
 	}
 	c.mu.Lock()
@@ -74,26 +68,23 @@ func (c *Collector) shrinkCache(ctx context.Context, bytes int64) (int64, error)
 	return first.bytes + mounts, err
 }
 
-// evict evicts from the least recently used result on.
-func (c *Collector) evict(ctx context.Context, bytes int64, e eviction) (evicted, error) {
-	out, _, err := c.evictFrom(ctx, hand{}, bytes, e)
-	return out, err
-}
-
-func (c *Collector) evictFrom(ctx context.Context, at hand, bytes int64, e eviction) (out evicted, _ hand, err error) {
+// evictFrom evicts build results from the hand on, the least recently used first,
+// until so many bytes are free or none is left; before spares those that were used
+// after it, zero none. It returns where it ended: at the beginning, if none is left.
+func (c *Collector) evictFrom(ctx context.Context, at hand, bytes int64, before time.Time) (out evicted, _ hand, err error) {
 	defer c.Journal.Kick()
 	for out.bytes < bytes {
-		var candidates []candidate
+		var results []candidate
 		var end bool
 		err := c.DB.View(ctx, func(tx *metadata.Tx) (err error) {
-			candidates, at, end, err = e.candidates(tx, at)
+			results, at, end, err = candidates(tx, at, before)
 			return err
 		})
 		if err != nil {
 			return out, at, err
 		}
-		if len(candidates) > 0 {
-			n, err := c.drop(ctx, candidates, bytes-out.bytes, e)
+		if len(results) > 0 {
+			n, err := c.drop(ctx, results, bytes-out.bytes)
 			if err != nil {
 				return out, at, err
 			}
@@ -115,11 +106,11 @@ type candidate struct {
 
 // candidates collects the next window of results that can go. It looks at a
 // bounded number of those that cannot: the view it runs in ends soon.
-func (e eviction) candidates(tx *metadata.Tx, at hand) (out []candidate, _ hand, end bool, err error) {
+func candidates(tx *metadata.Tx, at hand, before time.Time) (out []candidate, _ hand, end bool, err error) {
 	end = true
 	looked := 0
 	tx.EachCacheByUse(at.key, at.last, func(key string, last time.Time) bool {
-		if !e.before.IsZero() && !last.Before(e.before) {
+		if !before.IsZero() && !last.Before(before) {
 			return false
 		}
 		if looked++; len(out) == window || looked > 100*window {
@@ -129,7 +120,7 @@ func (e eviction) candidates(tx *metadata.Tx, at hand) (out []candidate, _ hand,
 		at = hand{key, last}
 		var c candidate
 		var ok bool
-		if c, ok, err = e.look(tx, key); ok {
+		if c, ok, err = look(tx, key); ok {
 			out = append(out, c)
 		}
 		return err == nil
@@ -147,12 +138,12 @@ func (c candidate) worth() float64 {
 // look tells whether a result can go: nothing but the cache holds what it leads
 // to. One that another stands on is not evicted before that, for it would free
 // nothing; one that leads to nothing any more can always go.
-func (e eviction) look(tx *metadata.Tx, key string) (candidate, bool, error) {
+func look(tx *metadata.Tx, key string) (candidate, bool, error) {
 	rec, err := tx.Cache().Get(key)
 	if errors.Is(err, errdefs.ErrNotFound) {
 		return candidate{}, false, nil // K1: fsck reports it
 	}
-	if err != nil || e.keep != nil && e.keep(key, rec) {
+	if err != nil {
 		return candidate{}, false, err
 	}
 	if rec.Alias != "" && tx.Cache().Has(rec.Alias) {
@@ -171,7 +162,7 @@ const maxDrop = 4 * window
 
 // drop removes candidates, and what they alone stood on and is no younger than
 // the youngest of them, until so many bytes are free.
-func (c *Collector) drop(ctx context.Context, candidates []candidate, bytes int64, e eviction) (out evicted, err error) {
+func (c *Collector) drop(ctx context.Context, candidates []candidate, bytes int64) (out evicted, err error) {
 	var youngest time.Time
 	for _, cand := range candidates {
 		if cand.rec.LastUse.After(youngest) {
@@ -180,16 +171,12 @@ func (c *Collector) drop(ctx context.Context, candidates []candidate, bytes int6
 	}
 	err = c.DB.Update(ctx, func(tx *metadata.Tx) error {
 		out = evicted{}
-		before, err := trashed(tx)
-		if err != nil {
-			return err
-		}
 		todo := slices.Clone(candidates)
 		for len(todo) > 0 && out.bytes < bytes && out.records < maxDrop {
 			next := todo[0]
 			todo = todo[1:]
 			// It may have been used, or held, since it was looked at.
-			now, ok, err := e.look(tx, next.key)
+			now, ok, err := look(tx, next.key)
 			if err != nil {
 				return err
 			}
@@ -197,20 +184,17 @@ func (c *Collector) drop(ctx context.Context, candidates []candidate, bytes int6
 				continue
 			}
 			below, err := below(tx, now.rec)
-			if err == nil {
-				err = tx.Drop(layout.CacheNode(next.key))
-			}
 			if err != nil {
 				return err
 			}
-			after, err := trashed(tx)
+			freed, err := freeing(tx, func() error { return tx.Drop(layout.CacheNode(next.key)) })
 			if err != nil {
 				return err
 			}
 			out.records++
-			out.bytes = after - before
+			out.bytes += freed
 			for _, key := range below {
-				b, ok, err := e.look(tx, key)
+				b, ok, err := look(tx, key)
 				if err != nil {
 					return err
 				}
@@ -224,9 +208,18 @@ func (c *Collector) drop(ctx context.Context, candidates []candidate, bytes int6
 	return out, err
 }
 
-func trashed(tx *metadata.Tx) (int64, error) {
-	all, err := tx.Accounts()
-	return all[layout.AccountTrash].Bytes, err
+// freeing returns how many bytes go to the trash by what fn removes.
+func freeing(tx *metadata.Tx, fn func() error) (int64, error) {
+	before, err := tx.Accounts()
+	if err != nil {
+		return 0, err
+	}
+	was := before[layout.AccountTrash].Bytes
+	if err := fn(); err != nil {
+		return 0, err
+	}
+	after, err := tx.Accounts()
+	return after[layout.AccountTrash].Bytes - was, err
 }
 
 // below returns the results that are what a result's snapshots stand on.

@@ -51,8 +51,10 @@ type Collector struct {
 // ends with Close.
 func New(c Config) *Collector {
 	ctx, cancel := context.WithCancel(context.Background())
-	g := &Collector{Config: c, evicting: make(chan struct{}, 1), uses: map[string]int{}, dropping: map[string]chan struct{}{}, measuring: map[string]chan struct{}{}, kick: make(chan struct{}, 1), ctx: ctx, stop: cancel}
-	g.disk = disk{root: c.Root}
+	g := &Collector{
+		Config: c, disk: disk{root: c.Root}, evicting: make(chan struct{}, 1), kick: make(chan struct{}, 1), ctx: ctx, stop: cancel,
+		uses: map[string]int{}, dropping: map[string]chan struct{}{}, measuring: map[string]chan struct{}{},
+	}
 	g.space = budget.New(rules{g})
 	g.done.Go(func() { g.loop(ctx) })
 	if c.Background {
@@ -82,10 +84,11 @@ func (c *Collector) Kick() {
 const every = time.Minute
 
 func (c *Collector) loop(ctx context.Context) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	if !c.Background {
-		tick.Stop()
+	var due <-chan time.Time // never, but in the background
+	if c.Background {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		due = tick.C
 	}
 	for {
 		select {
@@ -93,7 +96,7 @@ func (c *Collector) loop(ctx context.Context) {
 			return
 		case <-c.kick:
 			_ = c.Settle(ctx, c.Limits) // the next look tries again
-		case <-tick.C:
+		case <-due:
 			_ = c.due(ctx)
 		}
 	}
@@ -132,7 +135,7 @@ func (c *Collector) Settle(ctx context.Context, l Limits) error {
 		err = errors.Join(err, berr)
 	}
 	if l.CacheAge > 0 {
-		_, aerr := c.evict(ctx, everything, eviction{before: now.Add(-l.CacheAge)})
+		_, _, aerr := c.evictFrom(ctx, hand{}, everything, now.Add(-l.CacheAge))
 		err = errors.Join(err, aerr)
 	}
 	if over := c.cacheOver(l); over > 0 {
@@ -212,39 +215,9 @@ func (c *Collector) begin(ctx context.Context) (end func(), err error) {
 
 // ExpireLeases ends the leases whose time is up, and returns how many.
 func (c *Collector) ExpireLeases(ctx context.Context, now time.Time) (int, error) {
-	over := func(tx *metadata.Tx) (ids []layout.LeaseID, err error) {
-		err = tx.Leases().Each("", func(id layout.LeaseID, l layout.LeaseRecord) error {
-			if !l.Expires.IsZero() && now.After(l.Expires) {
-				ids = append(ids, id)
-			}
-			return nil
-		})
-		return ids, err
+	n, err := c.DB.EndLeases(ctx, func(l layout.LeaseRecord) bool { return !l.Expires.IsZero() && now.After(l.Expires) })
+	if n > 0 {
+		c.Journal.Kick()
 	}
-	var ids []layout.LeaseID
-	err := c.DB.View(ctx, func(tx *metadata.Tx) (err error) {
-		ids, err = over(tx)
-		return err
-	})
-	if err != nil || len(ids) == 0 {
-		return 0, err
-	}
-	err = c.DB.Update(ctx, func(tx *metadata.Tx) (err error) {
-		if ids, err = over(tx); err != nil { // one may have been renewed meanwhile
-			return err
-		}
-		for _, id := range ids {
-			if err := tx.Drop(layout.LeaseNode(id)); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	c.Journal.Kick()
-	return len(ids), err
-}
-
-// errFull says why there is no room.
-func (c *Collector) errFull(short int64) error {
-	return &fullError{short: short, usage: c.Usage(), limits: c.Limits, kind: errdefs.ErrResourceExhausted}
+	return n, err
 }

@@ -231,7 +231,7 @@ func (c *Collector) Results(ctx context.Context) (all []Result, err error) {
 			if gerr != nil || rec.Alias != "" {
 				return true // K1, or no result of its own
 			}
-			_, free, lerr := eviction{}.look(tx, key)
+			_, free, lerr := look(tx, key)
 			if err = lerr; err != nil {
 				return false
 			}

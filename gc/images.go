@@ -69,13 +69,5 @@ func dropImage(tx *metadata.Tx, name string, used time.Time) (int64, error) {
 			}
 		}
 	}
-	before, err := trashed(tx)
-	if err == nil {
-		err = tx.Drop(layout.ImageNode(name))
-	}
-	if err != nil {
-		return 0, err
-	}
-	after, err := trashed(tx)
-	return after - before, err
+	return freeing(tx, func() error { return tx.Drop(layout.ImageNode(name)) })
 }

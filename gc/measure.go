@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"slices"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,20 +32,17 @@ const (
 // Measure looks at the directories that may have changed since they were looked
 // at, and records what they take. It takes a share of the time only.
 func (c *Collector) Measure(ctx context.Context) (int, error) {
-	now := time.Now()
-	return c.measure(ctx, measureShare-1, func(rel string, rec layout.MeasureRecord, idle map[string]bool) bool {
-		return !idle[rel] && now.Sub(rec.When) >= measureEvery
-	})
+	return c.measure(ctx, measureShare-1, measureEvery)
 }
 
 // MeasureAll looks at everything at once, but for what cannot have changed.
-func (c *Collector) MeasureAll(ctx context.Context) (int, error) {
-	return c.measure(ctx, 0, func(rel string, _ layout.MeasureRecord, idle map[string]bool) bool { return !idle[rel] })
-}
+func (c *Collector) MeasureAll(ctx context.Context) (int, error) { return c.measure(ctx, 0, 0) }
 
-// measure looks at what has no measure and what is due, and rests after each for
-// a multiple of the time that it took.
-func (c *Collector) measure(ctx context.Context, rest time.Duration, due func(rel string, rec layout.MeasureRecord, idle map[string]bool) bool) (n int, err error) {
+// measure looks at what has no measure and at what may have changed and has one
+// that is of some age, and rests after each for a multiple of the time that it
+// took.
+func (c *Collector) measure(ctx context.Context, rest, age time.Duration) (n int, err error) {
+	now := time.Now()
 	old, err := c.measures(ctx)
 	if err != nil {
 		return 0, err
@@ -65,7 +62,7 @@ func (c *Collector) measure(ctx context.Context, rest time.Duration, due func(re
 		for _, e := range entries {
 			rel := path.Join(dir, e.Name())
 			found[rel] = true
-			if rec, known := old[rel]; known && !due(rel, rec, idle) {
+			if rec, known := old[rel]; known && (idle[rel] || now.Sub(rec.When) < age) {
 				continue
 			}
 			begin := time.Now()
@@ -153,13 +150,11 @@ func (c *Collector) measures(ctx context.Context) (all map[string]layout.Measure
 // measureOne looks at one directory. owner is that of the container that may
 // write to it, if there is one.
 func (c *Collector) measureOne(ctx context.Context, rel, owner string) error {
-	begin := time.Now()
-	rec := layout.MeasureRecord{When: begin.UTC(), Running: owner != "" && c.runs(owner)}
+	rec := layout.MeasureRecord{When: time.Now().UTC(), Running: owner != "" && c.runs(owner)}
 	var err error
 	if rec.Bytes, rec.Inodes, err = diskUsage(ctx, c.Root.Path(rel)); err != nil {
 		return err
 	}
-	rec.Took = time.Since(begin)
 	return c.DB.Update(ctx, func(tx *metadata.Tx) error {
 		if gone(tx, rel) {
 			return nil // meanwhile, and its measure with it
@@ -205,65 +200,35 @@ func (c *Collector) forgetMeasures(ctx context.Context, old map[string]layout.Me
 // diskUsage adds up what a tree takes of the disk, each inode once. What goes
 // away meanwhile is left out; mounts are not entered.
 func diskUsage(ctx context.Context, root string) (bytes, inodes int64, err error) {
-	var st unix.Stat_t
-	if err := unix.Lstat(root, &st); err != nil {
+	var top unix.Stat_t
+	if err := unix.Lstat(root, &top); err != nil {
 		return 0, 0, &fs.PathError{Op: "lstat", Path: root, Err: err}
 	}
-	seen := map[uint64]bool{}
-	device := st.Dev
-	todo := []string{root}
-	for len(todo) > 0 {
-		dir := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
-		if err := ctx.Err(); err != nil {
-			return 0, 0, err
+	seen := map[uint64]bool{} // of several names
+	err = filepath.WalkDir(root, func(at string, d fs.DirEntry, err error) error {
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
-		if err := unix.Lstat(dir, &st); err != nil || st.Dev != device {
-			continue
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Lstat(at, &st)
+		}
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil
+		case err != nil:
+			return err
+		case st.Dev != top.Dev && d.IsDir():
+			return fs.SkipDir
+		case st.Dev != top.Dev, seen[st.Ino]:
+			return nil
+		}
+		if !d.IsDir() && st.Nlink > 1 {
+			seen[st.Ino] = true
 		}
 		bytes += st.Blocks * 512
 		inodes++
-		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			continue
-		}
-		names, err := namesIn(dir)
-		if err != nil {
-			return 0, 0, err
-		}
-		for _, name := range names {
-			at := dir + "/" + name
-			if err := unix.Lstat(at, &st); err != nil || st.Dev != device {
-				continue
-			}
-			if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-				todo = append(todo, at)
-				continue
-			}
-			if st.Nlink > 1 {
-				if seen[st.Ino] {
-					continue
-				}
-				seen[st.Ino] = true
-			}
-			bytes += st.Blocks * 512
-			inodes++
-		}
-	}
-	return bytes, inodes, nil
-}
-
-func namesIn(dir string) ([]string, error) {
-	f, err := os.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return slices.Clip(names), err
+		return nil
+	})
+	return bytes, inodes, err
 }

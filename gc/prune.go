@@ -26,15 +26,12 @@ type PrunedCache struct {
 func (c *Collector) PruneCache(ctx context.Context, p CachePrune) (out PrunedCache, err error) {
 	at := hand{}
 	for round := 0; round < 2; {
-		want := c.cacheBytes() - p.Keep
-		if p.Keep == 0 {
-			want = everything // what takes no space goes as well
-		}
+		want := c.toPrune(p)
 		if want <= 0 {
 			return out, nil
 		}
 		var n evicted
-		n, at, err = c.evictFrom(ctx, at, min(want, pruneStep), eviction{before: p.Before})
+		n, at, err = c.evictFrom(ctx, at, min(want, pruneStep), p.Before)
 		out.Records += n.records
 		out.Bytes += n.bytes
 		if err != nil {
@@ -47,14 +44,18 @@ func (c *Collector) PruneCache(ctx context.Context, p CachePrune) (out PrunedCac
 			round++ // what results that went have stood on
 		}
 	}
-	want := everything
-	if p.Keep > 0 {
-		want = int(c.cacheBytes() - p.Keep)
-	}
 	var bytes int64
-	out.Mounts, bytes, err = c.dropMounts(ctx, int64(want), p.Before)
+	out.Mounts, bytes, err = c.dropMounts(ctx, c.toPrune(p), p.Before)
 	out.Bytes += bytes
 	return out, err
+}
+
+// toPrune is how many bytes are to go still.
+func (c *Collector) toPrune(p CachePrune) int64 {
+	if p.Keep == 0 {
+		return everything // what takes no space goes as well
+	}
+	return c.cacheBytes() - p.Keep
 }
 
 // pruneStep is how many bytes go between two reports.

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"varve.dev/durable"
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 )
 
@@ -30,7 +31,7 @@ func (r rules) Free(ctx context.Context, short int64) error {
 	defer end()
 	freed, err := r.c.makeRoom(ctx, r.c.Limits, short)
 	if err == nil && !freed {
-		err = r.c.errFull(short)
+		err = &fullError{short: short, usage: r.c.Usage(), limits: r.c.Limits}
 	}
 	return err
 }
@@ -124,18 +125,12 @@ type disk struct {
 // fixed is what the directories of the format take, however little is in them.
 func (d *disk) fixed() int64 {
 	d.once.Do(func() {
-		for _, dir := range append([]string{"."}, dirPaths()...) {
-			d.dirs += allocated(d.root.Path(dir))
+		d.dirs = allocated(d.root.Path("."))
+		for _, dir := range layout.Dirs() {
+			d.dirs += allocated(d.root.Path(dir.Path))
 		}
 	})
 	return d.dirs
-}
-
-func dirPaths() (paths []string) {
-	for _, dir := range layout.Dirs() {
-		paths = append(paths, dir.Path)
-	}
-	return paths
 }
 
 // metadata is what the database and the change log take.
@@ -166,7 +161,6 @@ type fullError struct {
 	short  int64
 	usage  Usage
 	limits Limits
-	kind   error
 }
 
 func (e *fullError) Error() string {
@@ -181,4 +175,4 @@ func (e *fullError) Error() string {
 	return text + "; nothing more can be had again"
 }
 
-func (e *fullError) Unwrap() error { return e.kind }
+func (e *fullError) Unwrap() error { return errdefs.ErrResourceExhausted }

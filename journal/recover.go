@@ -354,30 +354,10 @@ func (j *Journal) emptyTrash(ctx context.Context, found *Recovery) error {
 
 // endLeases drops the leases of processes that are gone, and those whose time
 // is up.
-func (j *Journal) endLeases(ctx context.Context, found *Recovery) error {
-	var over []layout.LeaseID
+func (j *Journal) endLeases(ctx context.Context, found *Recovery) (err error) {
 	now := time.Now()
-	collect := func(tx *metadata.Tx) error {
-		over = over[:0]
-		return tx.Leases().Each("", func(id layout.LeaseID, l layout.LeaseRecord) error {
-			if l.Expires.IsZero() || now.After(l.Expires) {
-				over = append(over, id)
-			}
-			return nil
-		})
-	}
-	if err := j.db.View(ctx, collect); err != nil || len(over) == 0 {
-		return err
-	}
-	found.Leases = len(over)
-	return j.db.Update(ctx, func(tx *metadata.Tx) error {
-		for _, id := range over {
-			if err := tx.Drop(layout.LeaseNode(id)); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	found.Leases, err = j.db.EndLeases(ctx, func(l layout.LeaseRecord) bool { return l.Expires.IsZero() || now.After(l.Expires) })
+	return err
 }
 
 // missing makes a directory that is not there the same as an empty one: a

@@ -144,9 +144,6 @@ type MeasureRecord struct {
 	Bytes  int64     `json:"bytes"` // allocated, each inode once
 	Inodes int64     `json:"inodes"`
 	When   time.Time `json:"when"`
-	// Took is how long the looking took; the next look waits for a multiple
-	// of it.
-	Took time.Duration `json:"took,omitempty"`
 	// Running says that a container ran which may have changed it meanwhile.
 	Running bool `json:"running,omitempty"`
 }

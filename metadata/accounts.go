@@ -3,8 +3,6 @@ package metadata
 import (
 	"bytes"
 	"errors"
-	"fmt"
-	"maps"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -175,25 +173,4 @@ func (tx *Tx) Recount() error {
 		err = errors.Join(err, tx.use(e))
 	}
 	return err
-}
-
-// CheckAccounts compares the accounts and the uses with what Recount would make
-// of them. Errors: Corrupt (A1, E5). For tests: fsck does its own adding up.
-func (tx *Tx) checkAccounts() error {
-	have, err := tx.Accounts()
-	if err != nil {
-		return err
-	}
-	have = maps.Clone(have)
-	sum := tx.bolt.Bucket([]byte(layout.BucketUses)).Sequence()
-	if err := tx.Recount(); err != nil {
-		return err
-	}
-	if again := tx.bolt.Bucket([]byte(layout.BucketUses)).Sequence(); sum != again {
-		return &errdefs.Corrupt{Invariant: "E5", Object: "bucket " + layout.BucketUses, Detail: "counted anew it is another"}
-	}
-	if !maps.Equal(have, tx.accounts) {
-		return &errdefs.Corrupt{Invariant: "A1", Object: "accounts", Detail: fmt.Sprintf("%v, counted anew %v", have, tx.accounts)}
-	}
-	return nil
 }

@@ -3,12 +3,14 @@ package metadata
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"testing"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 )
 
@@ -111,4 +113,25 @@ func TestSpareIsWhatNobodyUses(t *testing.T) {
 	if n := spare(); n != 1 {
 		t.Errorf("%d layers are spare, not the 1 above the container's", n)
 	}
+}
+
+// checkAccounts compares the accounts and the uses with what Recount makes of them.
+// Errors: Corrupt (A1, E5).
+func (tx *Tx) checkAccounts() error {
+	have, err := tx.Accounts()
+	if err != nil {
+		return err
+	}
+	have = maps.Clone(have)
+	sum := tx.bolt.Bucket([]byte(layout.BucketUses)).Sequence()
+	if err := tx.Recount(); err != nil {
+		return err
+	}
+	if again := tx.bolt.Bucket([]byte(layout.BucketUses)).Sequence(); sum != again {
+		return &errdefs.Corrupt{Invariant: "E5", Object: "bucket " + layout.BucketUses, Detail: "counted anew it is another"}
+	}
+	if !maps.Equal(have, tx.accounts) {
+		return &errdefs.Corrupt{Invariant: "A1", Object: "accounts", Detail: fmt.Sprintf("%v, counted anew %v", have, tx.accounts)}
+	}
+	return nil
 }

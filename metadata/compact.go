@@ -93,22 +93,35 @@ func (db *DB) WorthCompacting() (live int64, worth bool, err error) {
 // that is damaged; ErrUnavailable if one is suspected to be, is being compacted
 // already or is being closed; ErrPoisoned if a sync failed; the end of ctx.
 func (db *DB) Compact(ctx context.Context) error {
-	if !db.compacting.TryLock() {
-		return fmt.Errorf("the database is being compacted already: %w", errdefs.ErrUnavailable)
+	end, err := db.beginCompacting()
+	if err != nil {
+		return err
 	}
-	defer db.compacting.Unlock()
-	if !db.enlist() {
-		return errClosed
-	}
-	defer db.done.Done()
+	defer end()
 	defer faulting()()
 	c := &compaction{db: db, ctx: ctx}
-	err := c.run()
+	err = c.run()
 	c.end()
 	if err != nil {
 		return fmt.Errorf("compact the database: %w", err)
 	}
 	return nil
+}
+
+// beginCompacting keeps others from compacting the database or its log, and has
+// Close wait, until end is called. Errors: ErrUnavailable, if that is not to be.
+func (db *DB) beginCompacting() (end func(), err error) {
+	if !db.compacting.TryLock() {
+		return nil, fmt.Errorf("the database is being compacted already: %w", errdefs.ErrUnavailable)
+	}
+	if !db.enlist() {
+		db.compacting.Unlock()
+		return nil, errClosed
+	}
+	return func() {
+		db.done.Done()
+		db.compacting.Unlock()
+	}, nil
 }
 
 // enlist has Close wait for the caller, until it calls db.done.Done; false if the

@@ -82,3 +82,33 @@ func (l *Lease) Release(ctx context.Context) error {
 	}
 	return l.db.Update(context.WithoutCancel(ctx), func(tx *Tx) error { return tx.Drop(l.Node()) })
 }
+
+// EndLeases drops the leases that are over, with what they alone held, and returns
+// how many. Nothing is written if none is.
+func (db *DB) EndLeases(ctx context.Context, over func(layout.LeaseRecord) bool) (int, error) {
+	var ids []layout.LeaseID
+	find := func(tx *Tx) error {
+		ids = ids[:0]
+		return tx.Leases().Each("", func(id layout.LeaseID, l layout.LeaseRecord) error {
+			if over(l) {
+				ids = append(ids, id)
+			}
+			return nil
+		})
+	}
+	if err := db.View(ctx, find); err != nil || len(ids) == 0 {
+		return 0, err
+	}
+	err := db.Update(ctx, func(tx *Tx) error {
+		if err := find(tx); err != nil { // one may have been renewed meanwhile
+			return err
+		}
+		for _, id := range ids {
+			if err := tx.Drop(layout.LeaseNode(id)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return len(ids), err
+}

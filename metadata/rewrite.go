@@ -84,14 +84,11 @@ func (db *DB) LogWorthCompacting() bool {
 // while what they have added meanwhile is copied. After nil the new log is
 // durable; after an error the old one goes on.
 func (db *DB) CompactLog(ctx context.Context) error {
-	if !db.compacting.TryLock() {
-		return fmt.Errorf("the database is being compacted already: %w", errdefs.ErrUnavailable)
+	end, err := db.beginCompacting()
+	if err != nil {
+		return err
 	}
-	defer db.compacting.Unlock()
-	if !db.enlist() {
-		return errClosed
-	}
-	defer db.done.Done()
+	defer end()
 	const name = durable.TempPrefix + layout.LogFile
 	of, base, err := db.writeAside(ctx, name)
 	if err == nil {

@@ -99,17 +99,17 @@ func watched(dir string, limit int64) *watch {
 // look counts once, and again if it was too much: what is renamed while it is
 // counted is counted twice.
 func (w *watch) look(dir string) {
-	taken := settled(dir)
+	bytes := settled(dir)
 	for range 3 {
-		if taken <= w.limit {
+		if bytes <= w.limit {
 			break
 		}
-		taken = min(taken, settled(dir))
+		bytes = min(bytes, settled(dir))
 	}
 	w.looks++
-	w.most = max(w.most, taken)
-	if taken > w.limit {
-		w.over = append(w.over, taken)
+	w.most = max(w.most, bytes)
+	if bytes > w.limit {
+		w.over = append(w.over, bytes)
 	}
 }
 
@@ -125,20 +125,26 @@ func (w *watch) end(t *testing.T) {
 
 // settled is what a store takes, but for writable layers.
 func settled(dir string) (bytes int64) {
+	return taken(dir, filepath.Join(dir, layout.ActiveDir), func(fs.FileInfo) {})
+}
+
+// taken is what is allocated below dir, as du counts it, without skip; each is told
+// of every name. What goes meanwhile does not count.
+func taken(dir, skip string, each func(fs.FileInfo)) (bytes int64) {
 	seen := map[uint64]bool{}
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
-			return nil // it went meanwhile
+			return nil
 		}
-		if path == filepath.Join(dir, layout.ActiveDir) {
+		if path == skip {
 			return fs.SkipDir
 		}
 		fi, err := d.Info()
 		if err != nil {
 			return nil
 		}
-		st := fi.Sys().(*syscall.Stat_t)
-		if !seen[st.Ino] {
+		each(fi)
+		if st := fi.Sys().(*syscall.Stat_t); !seen[st.Ino] {
 			seen[st.Ino] = true
 			bytes += st.Blocks * 512
 		}
