@@ -3,22 +3,21 @@ package builder
 import (
 	"context"
 	"fmt"
-	"strings"
-	"sync"
 
 	"github.com/containerd/platforms"
-	dockerfile "github.com/moby/buildkit/frontend/dockerfile/builder"
-	"github.com/moby/buildkit/frontend/dockerui"
+	"github.com/moby/buildkit/client"
+	gwclient "github.com/moby/buildkit/frontend/gateway/client"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/solver/pb"
+	spb "github.com/moby/buildkit/sourcepolicy/pb"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/content"
 	"varve.dev/durable"
-	"varve.dev/errdefs"
 	"varve.dev/journal"
 	"varve.dev/layout"
 	"varve.dev/metadata"
-	"varve.dev/runtime"
 	"varve.dev/snapshotter"
 )
 
@@ -32,6 +31,9 @@ type Config struct {
 	Shim    func() (string, error) // path of the shim, asked for when a step runs
 	Scratch string                 // directory for what lives as long as a step
 	Space   Space                  // nil: no limits
+	// Entitlements that a build may be granted, if its client grants them too:
+	// "network.host", "security.insecure", "device".
+	Entitlements []string
 }
 
 // Space keeps the build cache within its limits. Package gc has one.
@@ -52,7 +54,7 @@ func (noLimits) UseMount(context.Context, string) (func(), error) { return func(
 func (noLimits) TrimCache(context.Context) error                  { return nil }
 func (noLimits) Kick()                                            {}
 
-// Images are the base images of a build.
+// Images are the base images of a build, and where built ones go.
 type Images interface {
 	// Resolve returns what ref stands for at the moment, and the config for
 	// the platform. fresh asks the registry even if the image is here.
@@ -60,6 +62,9 @@ type Images interface {
 	// Snapshot returns the unpacked layers of ref as it was resolved, after
 	// pulling it if need be; "" for an image without layers.
 	Snapshot(ctx context.Context, ref string, resolved digest.Digest, platform ocispec.Platform) (layout.SnapshotKey, error)
+	// Push sends an image of the store, which has it under name, to its
+	// registry: under the name's tag, or only under its digest.
+	Push(ctx context.Context, name string, target ocispec.Descriptor, byDigest bool) error
 }
 
 // Builder builds images in one open store.
@@ -81,97 +86,101 @@ func New(c Config) *Builder {
 	return &Builder{Config: c, flights: newFlights(), slots: make(chan struct{}, parallelSteps), mounts: newMountLocks()}
 }
 
-// Request asks for a build.
+// Request asks for a build: of a definition, by one of the builder's frontends,
+// or by a frontend that whoever asks runs. It is BuildKit's request in
+// BuildKit's terms.
 type Request struct {
-	Images     Images
-	Context    string // directory
-	Dockerfile string // its path in the context; empty: "Dockerfile"
-	// DockerfileBytes are a Dockerfile from outside the context.
-	DockerfileBytes []byte
-	Target          string
-	BuildArgs       map[string]string
-	Labels          map[string]string
-	Platform        string // empty: this host's
-	Network         string // of RUN steps: "host", "none", or empty
-	ExtraHosts      []string
-	NoCache         bool
-	Pull            bool
-	Names           []string // full names for the image
-	Progress        func(Event)
+	Ref        string // names the build among those that run; empty: a new name
+	Definition *pb.Definition
+	Frontend   string // "dockerfile.v0" or "gateway.v0"
+	Run        gwclient.BuildFunc
+
+	Attrs  map[string]string         // of the frontend
+	Inputs map[string]*pb.Definition // of the frontend
+
+	Exports      []Export
+	CacheTo      []CacheOption
+	CacheFrom    []CacheOption
+	Entitlements []string    // that the client grants
+	Policy       *spb.Policy // on sources
+
+	// Client answers for whoever asks: for directories, secrets, agents and
+	// credentials, and for where results go. Nil if there is nobody.
+	Client Client
+	Images Images
+	// Progress is called from one goroutine at a time; it must not block for
+	// long. Nil if nobody listens.
+	Progress func(*client.SolveStatus)
 }
 
-// Event is one step of progress. Log is output, the rest replaces what was
-// known of the step with this ID.
-type Event struct {
-	ID   string
-	Name string
-	State
-	Log  []byte
-	Text string // of a failure or a warning
+// Client finds the sessions of clients. BuildKit's session manager is one, with
+// the session of a build's own client.
+type Client interface {
+	// Caller returns the session with an id; the build's own for "". Errors:
+	// ErrNotFound if it is not there in time.
+	Caller(ctx context.Context, id string) (session.Caller, error)
+	// ID is that of the build's own session.
+	ID() string
 }
 
-// State is where a step stands.
-type State string
-
-// The states.
-const (
-	Started   State = "running"
-	Cached    State = "cached"
-	Completed State = "done"
-	Failed    State = "failed"
-	Warned    State = "warning"
-)
-
-// Result is an image that was built.
-type Result struct {
-	Manifest ocispec.Descriptor
-	Config   ocispec.Descriptor
-	// Steps were demanded; of them Cached were known and Ran were carried
-	// out.
-	Steps, Cached, Ran int
+// Export says what becomes of a result: BuildKit's exporters and their
+// attributes.
+type Export struct {
+	Type  string // "image", "oci", "docker", "tar" or "local"
+	Attrs map[string]string
 }
 
-// Build carries out a build and exports its result as an image under the
-// request's names. After an error no name changed; what steps had finished
-// stays in the cache.
+// CacheOption is a place to take cache from or to leave it in.
+type CacheOption struct {
+	Type  string // "registry", "inline" or "local"
+	Attrs map[string]string
+}
+
+// Response is what came of a build.
+type Response struct {
+	Exported map[string]string // exporters' answers, by BuildKit's keys
+}
+
+// Build carries out a build and exports its result. After an error no name
+// changed; what steps had finished stays in the cache.
 //
 // Errors of a step name the Dockerfile's line. ErrInvalidArgument for what the
 // Dockerfile gets wrong, ErrNotFound for a base image that is nowhere.
-func (b *Builder) Build(ctx context.Context, req Request) (Result, error) {
-	platform, err := platformOf(req.Platform)
+func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
+	j, err := b.begin(ctx, req)
 	if err != nil {
-		return Result{}, err
+		return Response{}, err
 	}
-	s, err := b.begin(ctx, req, platform)
+	defer j.end()
+	exporters, err := j.exporters()
 	if err != nil {
-		return Result{}, err
+		return Response{}, err
 	}
-	defer s.end()
-	res, err := dockerfile.Build(ctx, &gateway{s: s})
+	res, err := j.result(ctx)
 	if err != nil {
-		return Result{}, s.explain(err)
+		return Response{}, explain(err)
 	}
-	out, err := s.finish(ctx, res)
-	if err != nil {
-		return Result{}, s.explain(err)
-	}
-	return out, nil
+	out, err := j.finish(ctx, res, exporters)
+	return out, explain(err)
 }
 
-// begin makes what one build needs; end gives it back.
-func (b *Builder) begin(ctx context.Context, req Request, platform ocispec.Platform) (*session, error) {
-	s := &session{
-		b: b, req: req, platform: platform, lease: b.DB.NewLease("build"),
-		solving: newFlights(), memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{},
-		resolved: map[string]resolved{}, locals: map[digest.Digest]*localTree{},
+// result runs the frontend, or takes the definition as it is, and solves what
+// it comes to.
+func (j *job) result(ctx context.Context) (*gwclient.Result, error) {
+	g := &gateway{j: j, opts: j.req.Attrs, inputs: j.req.Inputs}
+	run := j.req.Run
+	if run == nil {
+		run = func(ctx context.Context, c gwclient.Client) (*gwclient.Result, error) {
+			return c.Solve(ctx, gwclient.SolveRequest{
+				Definition: j.req.Definition, Frontend: j.req.Frontend, FrontendOpt: j.req.Attrs, FrontendInputs: j.req.Inputs,
+			})
+		}
 	}
-	return s, s.lease.Make(ctx)
-}
-
-func (s *session) end() {
-	_ = s.lease.Release(context.Background())
-	s.b.Journal.Kick()
-	s.b.Space.Kick()
+	res, err := run(ctx, g)
+	if err != nil {
+		return nil, err
+	}
+	return res, j.evaluate(ctx, res)
 }
 
 func platformOf(s string) (ocispec.Platform, error) {
@@ -180,90 +189,7 @@ func platformOf(s string) (ocispec.Platform, error) {
 	}
 	p, err := platforms.Parse(s)
 	if err != nil {
-		return p, fmt.Errorf("platform %q: %w: %w", s, err, errdefs.ErrInvalidArgument)
-	}
-	if !platforms.Default().Match(p) {
-		return p, fmt.Errorf("platform %q cannot run on this host: %w", s, errdefs.ErrNotImplemented)
+		return p, fmt.Errorf("platform %q: %w", s, err)
 	}
 	return platforms.Normalize(p), nil
-}
-
-// session is one Build.
-type session struct {
-	b        *Builder
-	req      Request
-	platform ocispec.Platform
-	lease    *metadata.Lease
-	solving  flights // of vertices
-
-	mu       sync.Mutex // guards the rest
-	memo     map[digest.Digest]result
-	keys     map[digest.Digest]string // definition keys, as far as they were worked out
-	resolved map[string]resolved
-	locals   map[digest.Digest]*localTree
-	steps    int
-	cached   int
-	ran      int
-}
-
-// options are what the frontend calls frontend options.
-func (s *session) options() map[string]string {
-	opts := map[string]string{
-		"filename": s.dockerfileName(),
-		"platform": platforms.FormatAll(s.platform),
-	}
-	set := func(key, value string) {
-		if value != "" {
-			opts[key] = value
-		}
-	}
-	set("target", s.req.Target)
-	set("force-network-mode", s.req.Network)
-	set("add-hosts", strings.Join(extraHosts(s.req.ExtraHosts), ","))
-	if s.req.NoCache {
-		opts["no-cache"] = ""
-	}
-	if s.req.Pull {
-		opts["image-resolve-mode"] = "pull"
-	}
-	for k, v := range s.req.BuildArgs {
-		opts["build-arg:"+k] = v
-	}
-	for k, v := range s.req.Labels {
-		opts["label:"+k] = v
-	}
-	return opts
-}
-
-// extraHosts turns NAME:ADDRESS into the frontend's NAME=ADDRESS.
-func extraHosts(list []string) (out []string) {
-	for _, h := range list {
-		name, address, _ := strings.Cut(h, ":")
-		out = append(out, name+"="+address)
-	}
-	return out
-}
-
-func (s *session) dockerfileName() string {
-	if s.req.Dockerfile == "" || s.req.DockerfileBytes != nil {
-		return dockerui.DefaultDockerfileName
-	}
-	return s.req.Dockerfile
-}
-
-func (s *session) event(e Event) {
-	if s.req.Progress != nil {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.req.Progress(e)
-	}
-}
-
-// executor runs steps.
-func (b *Builder) executor() (*runtime.Executor, error) {
-	shim, err := b.Shim()
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.Executor{Shim: shim, Dir: b.Scratch}, nil
 }

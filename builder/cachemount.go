@@ -30,7 +30,7 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 	k := newKeyHash("cachemount")
 	k.add(m.CacheOpt.GetID())
 	if on != "" {
-		begin, err := e.s.digestOf(ctx, on, ".")
+		begin, err := e.j.digestOf(ctx, on, ".")
 		if err != nil {
 			return err
 		}
@@ -38,22 +38,22 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 	}
 	key := k.sum()
 	rel := layout.CacheMountPath(key)
-	dir := e.s.b.Root.Path(rel)
+	dir := e.j.b.Root.Path(rel)
 	switch m.CacheOpt.GetSharing() {
 	case pb.CacheSharingOpt_LOCKED:
-		unlock, err := e.s.b.mounts.lock(ctx, rel)
+		unlock, err := e.j.b.mounts.lock(ctx, rel)
 		if err != nil {
 			return err
 		}
 		e.unlock = append(e.unlock, unlock)
 	case pb.CacheSharingOpt_PRIVATE:
-		unlock, free := e.s.b.mounts.try(rel)
+		unlock, free := e.j.b.mounts.try(rel)
 		if free {
 			e.unlock = append(e.unlock, unlock)
 			break
 		}
 		// Somebody has it: one for this step alone.
-		own, err := os.MkdirTemp(e.s.b.Scratch, "cache-")
+		own, err := os.MkdirTemp(e.j.b.Scratch, "cache-")
 		if err != nil {
 			return fmt.Errorf("cache mount: %w: %w", err, errdefs.ErrUnavailable)
 		}
@@ -65,7 +65,7 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 		rel = ""
 	}
 	if rel != "" {
-		end, err := e.s.b.Space.UseMount(ctx, key)
+		end, err := e.j.b.Space.UseMount(ctx, key)
 		if err != nil {
 			return err
 		}
@@ -81,12 +81,12 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 // beginCache makes a cache's directory if it is not there. It gets its name
 // when it has all that it begins with.
 func (e *execution) beginCache(ctx context.Context, rel string, on layout.SnapshotKey, m *pb.Mount) error {
-	unlock, err := e.s.b.mounts.lock(ctx, rel+" begins")
+	unlock, err := e.j.b.mounts.lock(ctx, rel+" begins")
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	root := e.s.b.Root
+	root := e.j.b.Root
 	if _, err := os.Lstat(root.Path(rel)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -107,11 +107,11 @@ func (e *execution) fill(ctx context.Context, dir string, on layout.SnapshotKey,
 		}
 		return nil
 	}
-	tree, err := e.s.b.Snaps.Tree(ctx, on)
+	tree, err := e.j.b.Snaps.Tree(ctx, on)
 	if err != nil {
 		return err
 	}
-	return inMounts(e.s.b.Scratch, []overlay.Tree{tree}, func(dirs []string) error {
+	return inMounts(e.j.b.Scratch, []overlay.Tree{tree}, func(dirs []string) error {
 		err := copyfs.Copy(ctx, dirs[0], path.Join("/", m.Selector), filepath.Dir(dir), filepath.Base(dir))
 		if err == nil {
 			return nil

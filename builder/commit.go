@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	"github.com/moby/buildkit/util/compression"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/errdefs"
@@ -23,30 +25,46 @@ type CommitRequest struct {
 	Command         []string // that wrote the layer
 }
 
+// Committed is an image that was made.
+type Committed struct{ Manifest, Config ocispec.Descriptor }
+
 // Commit makes an image with one more layer than the one that a writable layer
 // stands on. The writable layer stays as it is. Errors: those of
 // snapshotter.Capture; ErrInvalidArgument for a config that does not decode.
-func (b *Builder) Commit(ctx context.Context, req CommitRequest) (Result, error) {
+func (b *Builder) Commit(ctx context.Context, req CommitRequest) (Committed, error) {
 	config, err := withHistory(req.Config, ocispec.History{
 		Author: req.Author, Comment: req.Message, CreatedBy: strings.Join(req.Command, " "),
 	})
 	if err != nil {
-		return Result{}, err
+		return Committed{}, err
 	}
-	s, err := b.begin(ctx, Request{Names: req.Names}, ocispec.Platform{})
+	j, err := b.begin(ctx, Request{})
 	if err != nil {
-		return Result{}, err
+		return Committed{}, err
 	}
-	defer s.end()
+	defer j.end()
 	// Its container may be removed meanwhile.
-	if err := s.hold(ctx, []layout.SnapshotKey{req.Snapshot}); err != nil {
-		return Result{}, err
+	if err := j.hold(ctx, []layout.SnapshotKey{req.Snapshot}); err != nil {
+		return Committed{}, err
 	}
 	top := layout.SnapshotKey("commit:" + layout.NewID())
-	if err := b.Snaps.Capture(ctx, s.lease.Node(), top, req.Snapshot); err != nil {
-		return Result{}, err
+	if err := b.Snaps.Capture(ctx, j.lease.Node(), top, req.Snapshot); err != nil {
+		return Committed{}, err
 	}
-	return s.export(ctx, top, config)
+	w := j.newWriter(imageOptions{oci: true, compression: compression.New(compression.Default)}, nil, nil)
+	tree := &built{
+		metadata: map[string][]byte{exptypes.ExporterImageConfigKey: config}, trees: map[string]layout.SnapshotKey{"": top},
+		platforms: []exptypes.Platform{{}},
+	}
+	root, configDesc, err := w.manifest(ctx, tree, &tree.platforms[0], annotations{})
+	if err != nil {
+		return Committed{}, w.abandon(err)
+	}
+	names := req.Names
+	if len(names) == 0 {
+		names = []string{"<none>@" + root.Digest.String()}
+	}
+	return Committed{Manifest: root, Config: configDesc}, w.publish(ctx, root, names)
 }
 
 // withHistory returns a config with one more step, and its author.

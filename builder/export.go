@@ -8,10 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"time"
 
-	gwclient "github.com/moby/buildkit/frontend/gateway/client"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/moby/buildkit/exporter/containerimage/exptypes"
+	"github.com/moby/buildkit/util/compression"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -26,52 +29,30 @@ import (
 	"varve.dev/metadata"
 )
 
-// configKey is where the frontend leaves the image's config (BuildKit,
-// exporter/containerimage/exptypes).
-const configKey = "containerimage.config"
-
-// finish solves what the frontend wants and exports it.
-func (s *session) finish(ctx context.Context, res *gwclient.Result) (Result, error) {
-	ref, err := res.SingleRef()
-	if err != nil {
-		return Result{}, fmt.Errorf("images for several platforms at once: %w: %w", err, errdefs.ErrNotImplemented)
-	}
-	var top layout.SnapshotKey
-	if r, ok := ref.(*reference); ok && r != nil {
-		if top, err = s.solve(ctx, r.graph, r.graph.root); err != nil {
-			return Result{}, err
-		}
-	}
-	out, err := s.export(ctx, top, res.Metadata[configKey])
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	out.Steps, out.Cached, out.Ran = s.steps, s.cached, s.ran
-	return out, err
-}
-
-// export makes an image of the chain that ends in top, under the session's
-// names.
-func (s *session) export(ctx context.Context, top layout.SnapshotKey, config []byte) (Result, error) {
-	x := &export{s: s, barrier: s.b.Root.NewBarrier()}
-	out, err := x.image(ctx, top, config)
-	if err != nil {
-		x.barrier.Abandon()
-	}
-	for _, in := range x.ingests {
-		if err != nil && !errors.Is(err, journal.ErrIntended) {
-			_ = in.Discard() // recovery removes what this leaves
-		} else {
-			_ = in.Close()
-		}
-	}
-	return out, err
-}
-
-// export makes an image of a snapshot.
-type export struct {
-	s       *session
+// writer makes the blobs of an image from trees of the store. It ends with
+// publish or abandon.
+type writer struct {
+	j       *job
+	o       imageOptions
+	v       *vertex // that the progress is told for
+	names   []string
 	barrier *durable.Barrier
-	ingests []*content.Ingest
+
+	ingests   []*content.Ingest
+	layers    []*exported
+	documents []document
+	edges     []layout.Edge
+	config    ocispec.Descriptor // of an image for one platform
+}
+
+// document is a small blob.
+type document struct {
+	desc ocispec.Descriptor
+	data []byte
+}
+
+func (j *job) newWriter(o imageOptions, v *vertex, names []string) *writer {
+	return &writer{j: j, o: o, v: v, names: names, barrier: j.b.Root.NewBarrier()}
 }
 
 // exported is one layer as a blob.
@@ -82,43 +63,177 @@ type exported struct {
 	desc   ocispec.Descriptor
 	diffID digest.Digest
 	fresh  *content.Ingest // to be published; nil for a blob that is there
+	own    bool            // not what the layer is to be known as from now on
 }
 
-func (x *export) image(ctx context.Context, top layout.SnapshotKey, config []byte) (Result, error) {
-	layers, err := x.layers(ctx, top)
+// image writes what the exporter wants of a result: a manifest, or an index of
+// several, with attestations.
+func (w *writer) image(ctx context.Context, b *built) (ocispec.Descriptor, error) {
+	own := *b
+	own.metadata = maps.Clone(b.metadata)
+	b = &own
+	for k, v := range w.o.metadata {
+		b.metadata[k] = []byte(v)
+	}
+	notes, err := w.o.annotations.with(b.metadata)
 	if err != nil {
-		return Result{}, err
+		return ocispec.Descriptor{}, err
 	}
-	configJSON, err := finishConfig(config, layers)
+	index := b.perKey
+	for _, p := range b.platforms {
+		index = index || len(w.attestations(b, p)) > 0
+	}
+	if err := notes.check(b, w.o, index); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if !index {
+		p := &b.platforms[0]
+		desc, config, err := w.manifest(ctx, b, p, notes)
+		if err != nil {
+			return desc, err
+		}
+		w.config = config
+		desc.Platform = &p.Platform
+		return desc, nil
+	}
+	if !w.o.oci && len(b.attests) > 0 {
+		return ocispec.Descriptor{}, fmt.Errorf("cannot export attestations with \"oci-mediatypes=false\": %w", errdefs.ErrInvalidArgument)
+	}
+	idx := ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: w.media(ocispec.MediaTypeImageIndex),
+		Annotations: notes.of(exptypes.AnnotationIndex, nil), Manifests: []ocispec.Descriptor{},
+	}
+	var attested []ocispec.Descriptor
+	for i := range b.platforms {
+		p := &b.platforms[i]
+		desc, _, err := w.manifest(ctx, b, p, notes)
+		if err != nil {
+			return desc, err
+		}
+		desc.Platform = &p.Platform
+		idx.Manifests = append(idx.Manifests, desc)
+		if list := w.attestations(b, *p); len(list) > 0 {
+			a, err := w.attest(ctx, b, p, desc, list)
+			if err != nil {
+				return desc, err
+			}
+			attested = append(attested, a)
+		}
+	}
+	idx.Manifests = append(idx.Manifests, attested...)
+	desc, err := w.add(idx.MediaType, idx, idx.Manifests...)
+	desc.Annotations = notes.of(exptypes.AnnotationIndexDescriptor, nil)
+	return desc, err
+}
+
+// media is a media type of OCI's in the dialect that was asked for.
+func (w *writer) media(oci string) string {
+	if w.o.oci {
+		return oci
+	}
+	switch oci {
+	case ocispec.MediaTypeImageIndex:
+		return images.MediaTypeDockerSchema2ManifestList
+	case ocispec.MediaTypeImageManifest:
+		return images.MediaTypeDockerSchema2Manifest
+	case ocispec.MediaTypeImageConfig:
+		return images.MediaTypeDockerSchema2Config
+	}
+	return oci
+}
+
+// manifest writes the image of one platform.
+func (w *writer) manifest(ctx context.Context, b *built, p *exptypes.Platform, notes annotations) (desc, config ocispec.Descriptor, err error) {
+	top, err := b.tree(*p)
 	if err != nil {
-		return Result{}, err
+		return desc, config, err
 	}
-	manifest := ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
-		Config: descriptorOf(ocispec.MediaTypeImageConfig, configJSON), Layers: []ocispec.Descriptor{},
+	at, err := b.epoch(w.o.epoch, p)
+	if err != nil {
+		return desc, config, err
 	}
+	base, err := baseOf(b, p)
+	if err != nil {
+		return desc, config, err
+	}
+	var rewrite *time.Time
+	if w.o.rewrite {
+		rewrite = at
+	}
+	layers, err := w.chain(ctx, top, rewrite, base.RootFS.DiffIDs)
+	if err != nil {
+		return desc, config, err
+	}
+	configJSON, err := finishConfig(exptypes.ParseKey(b.metadata, exptypes.ExporterImageConfigKey, p), layers, at, base.History)
+	if err != nil {
+		return desc, config, err
+	}
+	config = w.addBytes(w.media(ocispec.MediaTypeImageConfig), configJSON)
+	m := ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: w.media(ocispec.MediaTypeImageManifest),
+		Config: config, Layers: []ocispec.Descriptor{}, Annotations: notes.of(exptypes.AnnotationManifest, &p.Platform),
+	}
+	unpacked := top != ""
 	for _, l := range layers {
-		manifest.Layers = append(manifest.Layers, l.desc)
+		d := l.desc
+		if w.o.oci != isOCI(d.MediaType) {
+			d.MediaType = compression.ConvertAllLayerMediaTypes(ctx, w.o.oci, d)[0].MediaType
+		}
+		if !w.o.oci {
+			d.Annotations = nil
+		}
+		m.Layers = append(m.Layers, d)
+		unpacked = unpacked && !l.own
 	}
-	manifestJSON, err := json.Marshal(manifest)
+	desc, err = w.add(m.MediaType, m, append([]ocispec.Descriptor{config}, m.Layers...)...)
+	desc.Annotations = notes.of(exptypes.AnnotationManifestDescriptor, &p.Platform)
+	if unpacked {
+		w.edges = append(w.edges, layout.Edge{
+			Parent: layout.BlobNode(layout.BlobDigest(desc.Digest)), Rel: layout.RelUnpacked, Child: layout.SnapshotNode(top),
+		})
+	}
+	return desc, config, err
+}
+
+func isOCI(mediaType string) bool { return !images.IsDockerType(mediaType) }
+
+// baseOf is the config of the image that a result begins with, as the frontend
+// tells it.
+func baseOf(b *built, p *exptypes.Platform) (base ocispec.Image, err error) {
+	if data := exptypes.ParseKey(b.metadata, exptypes.ExporterImageBaseConfigKey, p); len(data) > 0 {
+		if err := json.Unmarshal(data, &base); err != nil {
+			return base, fmt.Errorf("config of the base image, from the frontend: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	}
+	return base, nil
+}
+
+// add makes a document, which refers to others.
+func (w *writer) add(mediaType string, v any, children ...ocispec.Descriptor) (ocispec.Descriptor, error) {
+	data, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
-		return Result{}, fmt.Errorf("manifest: %w: %w", err, errdefs.ErrInternal)
+		return ocispec.Descriptor{}, fmt.Errorf("%s: %w: %w", mediaType, err, errdefs.ErrInternal)
 	}
-	desc := descriptorOf(ocispec.MediaTypeImageManifest, manifestJSON)
-	if err := x.publish(ctx, top, desc, manifest, layers, [][]byte{configJSON, manifestJSON}); err != nil {
-		return Result{}, err
+	desc := w.addBytes(mediaType, data)
+	for _, c := range children {
+		w.edges = append(w.edges, layout.Edge{
+			Parent: layout.BlobNode(layout.BlobDigest(desc.Digest)), Rel: layout.RelContent, Child: layout.BlobNode(layout.BlobDigest(c.Digest)),
+		})
 	}
-	return Result{Manifest: desc, Config: manifest.Config}, nil
+	return desc, nil
 }
 
-func descriptorOf(mediaType string, data []byte) ocispec.Descriptor {
-	return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+func (w *writer) addBytes(mediaType string, data []byte) ocispec.Descriptor {
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	w.documents = append(w.documents, document{desc, data})
+	return desc
 }
 
-// layers returns the layers of a chain as blobs, the bottom one first.
-func (x *export) layers(ctx context.Context, top layout.SnapshotKey) ([]*exported, error) {
+// chain returns the layers of a chain as blobs, the bottom one first. With an
+// epoch files younger than it get its time, but for the layers of the base.
+func (w *writer) chain(ctx context.Context, top layout.SnapshotKey, epoch *time.Time, base []digest.Digest) ([]*exported, error) {
 	var out []*exported
-	err := x.s.b.DB.View(ctx, func(tx *metadata.Tx) error {
+	err := w.j.b.DB.View(ctx, func(tx *metadata.Tx) error {
 		out = nil
 		for at := top; at != ""; {
 			snap, err := tx.Snapshots().Get(at)
@@ -138,31 +253,49 @@ func (x *export) layers(ctx context.Context, top layout.SnapshotKey) ([]*exporte
 	if err != nil {
 		return nil, err
 	}
-	if err := x.reuse(ctx, out); err != nil {
+	if err := w.reuse(ctx, out); err != nil {
 		return nil, err
+	}
+	diverged := false
+	for i, l := range out {
+		if diverged = diverged || i >= len(base) || base[i] != l.diffID; epoch != nil && diverged || w.o.compression.Force && !w.compressed(l) {
+			l.desc, l.own = ocispec.Descriptor{}, true
+		}
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(2)
 	for _, l := range out {
-		if l.desc.Digest == "" {
-			g.Go(func() error { return x.write(gctx, l) })
+		if l.desc.Digest != "" {
+			continue
 		}
+		var clamp *time.Time
+		if l.own {
+			clamp = epoch
+		}
+		g.Go(func() error { return w.write(gctx, l, clamp) })
 	}
 	err = g.Wait()
 	for _, l := range out {
 		if l.fresh != nil {
-			x.ingests = append(x.ingests, l.fresh)
+			w.ingests = append(w.ingests, l.fresh)
 		}
 	}
+	w.layers = append(w.layers, out...)
 	return out, err
+}
+
+// compressed tells whether a layer is compressed as was asked for.
+func (w *writer) compressed(l *exported) bool {
+	kind, err := compression.FromMediaType(l.desc.MediaType)
+	return err == nil && l.desc.Digest != "" && kind == w.o.compression.Type && w.o.compression.Type != compression.EStargz
 }
 
 // reuse finds blobs that the layers have already: those of a pulled image
 // whose chain this one begins with, and what a layer was written as before.
 // They are held by the build's lease.
-func (x *export) reuse(ctx context.Context, layers []*exported) error {
+func (w *writer) reuse(ctx context.Context, layers []*exported) error {
 	for i := len(layers) - 1; i >= 0; i-- {
-		m, diffs, ok, err := x.pulled(ctx, layers[i].key)
+		m, diffs, ok, err := w.pulled(ctx, layers[i].key)
 		if err != nil {
 			return err
 		}
@@ -174,7 +307,7 @@ func (x *export) reuse(ctx context.Context, layers []*exported) error {
 		}
 		break
 	}
-	return x.s.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {
+	return w.j.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {
 		var nodes []layout.Node
 		for _, l := range layers {
 			if l.desc.Digest == "" && l.record.Export != nil {
@@ -193,9 +326,9 @@ func (x *export) reuse(ctx context.Context, layers []*exported) error {
 
 // pulled returns the manifest and DiffIDs of an image that has this snapshot
 // as its whole chain.
-func (x *export) pulled(ctx context.Context, key layout.SnapshotKey) (m ocispec.Manifest, diffs []digest.Digest, ok bool, err error) {
+func (w *writer) pulled(ctx context.Context, key layout.SnapshotKey) (m ocispec.Manifest, diffs []digest.Digest, ok bool, err error) {
 	var manifest layout.BlobDigest
-	err = x.s.b.DB.View(ctx, func(tx *metadata.Tx) error {
+	err = w.j.b.DB.View(ctx, func(tx *metadata.Tx) error {
 		parents, err := tx.Parents(layout.SnapshotNode(key))
 		for _, e := range parents {
 			if kind, id := e.Parent.Split(); e.Rel == layout.RelUnpacked && kind == layout.KindBlob {
@@ -207,14 +340,14 @@ func (x *export) pulled(ctx context.Context, key layout.SnapshotKey) (m ocispec.
 	if err != nil || manifest == "" {
 		return m, nil, false, err
 	}
-	data, err := x.s.b.Blobs.ReadBlob(ctx, manifest, maxFrontendFile)
+	data, err := w.j.b.Blobs.ReadBlob(ctx, manifest, maxFrontendFile)
 	if err == nil {
 		err = json.Unmarshal(data, &m)
 	}
 	if err != nil {
 		return m, nil, false, fmt.Errorf("manifest %s: %w", manifest, err)
 	}
-	data, err = x.s.b.Blobs.ReadBlob(ctx, layout.BlobDigest(m.Config.Digest), maxFrontendFile)
+	data, err = w.j.b.Blobs.ReadBlob(ctx, layout.BlobDigest(m.Config.Digest), maxFrontendFile)
 	var image ocispec.Image
 	if err == nil {
 		err = json.Unmarshal(data, &image)
@@ -224,19 +357,20 @@ func (x *export) pulled(ctx context.Context, key layout.SnapshotKey) (m ocispec.
 
 // write makes the blob of a layer: its tree as a tar stream, compressed, both
 // hashed on the way.
-func (x *export) write(ctx context.Context, l *exported) error {
-	parents, err := x.s.b.Snaps.Layers(ctx, l.key)
+func (w *writer) write(ctx context.Context, l *exported, clamp *time.Time) error {
+	parents, err := w.j.b.Snaps.Layers(ctx, l.key)
 	if err != nil {
 		return err
 	}
-	in, err := x.s.b.Blobs.NewIngest(ctx, "export-"+string(l.id), "")
+	in, err := w.j.b.Blobs.NewIngest(ctx, "export-"+layout.NewID(), "")
 	if err != nil {
 		return err
 	}
 	diff := digest.Canonical.Digester()
-	z, err := layer.Compress(in, layer.Gzip)
+	compressor, finish := w.o.compression.Type.Compress(ctx, w.o.compression)
+	z, err := compressor(in, w.o.compression.Type.MediaType())
 	if err == nil {
-		err = layer.Export(ctx, io.MultiWriter(z, diff.Hash()), parents[0].Manifest, parents[0].Dir)
+		err = layer.Export(ctx, io.MultiWriter(z, diff.Hash()), parents[0].Manifest, parents[0].Dir, layer.ExportOptions{Latest: clamp})
 		if cerr := z.Close(); err == nil {
 			err = cerr // after a failed write it says the same again
 		}
@@ -245,133 +379,91 @@ func (x *export) write(ctx context.Context, l *exported) error {
 		return errors.Join(fmt.Errorf("layer %s: %w", l.id, err), in.Discard())
 	}
 	l.fresh, l.diffID = in, diff.Digest()
-	l.desc = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: in.Digest().Digest(), Size: in.Size()}
-	return nil
+	l.desc = ocispec.Descriptor{MediaType: w.o.compression.Type.MediaType(), Digest: in.Digest().Digest(), Size: in.Size()}
+	if finish != nil {
+		l.desc.Annotations, err = finish(ctx, w.j.b.Blobs)
+	}
+	return err
 }
 
-// finishConfig completes the frontend's config with what only the export
-// knows. Times are those of the layers, so that a build that finds everything
-// in the cache gives the same image again.
-func finishConfig(config []byte, layers []*exported) ([]byte, error) {
-	fields := map[string]json.RawMessage{}
-	var image ocispec.Image
-	if len(config) > 0 {
-		if err := errors.Join(json.Unmarshal(config, &fields), json.Unmarshal(config, &image)); err != nil {
-			return nil, fmt.Errorf("config from the frontend: %w: %w", err, errdefs.ErrInvalidArgument)
-		}
+// abandon throws away what was written, and returns err.
+func (w *writer) abandon(err error) error {
+	w.barrier.Abandon()
+	for _, in := range w.ingests {
+		_ = in.Discard() // recovery removes what this leaves
 	}
-	rootfs := ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{}}
-	last := time.Unix(0, 0).UTC()
-	for _, l := range layers {
-		rootfs.DiffIDs = append(rootfs.DiffIDs, l.diffID)
-		if l.record.Created.After(last) {
-			last = l.record.Created
-		}
-	}
-	set := func(name string, v any) error {
-		data, err := json.Marshal(v)
-		fields[name] = data
-		return err
-	}
-	err := errors.Join(set("rootfs", rootfs), set("history", history(image.History, layers, last)), set("created", last))
-	if err != nil {
-		return nil, fmt.Errorf("config: %w: %w", err, errdefs.ErrInternal)
-	}
-	return json.Marshal(fields) // names in order
+	return err
 }
 
-// history gives each layer one entry that is not empty, and each entry a time.
-func history(list []ocispec.History, layers []*exported, last time.Time) []ocispec.History {
-	out := slices.Clone(list)
-	next := 0
-	for i := range out {
-		when := last
-		if !out[i].EmptyLayer {
-			if next < len(layers) {
-				when = layers[next].record.Created
-			} else {
-				out[i].EmptyLayer = true // the step made no layer after all
-			}
-			next++
+// publish has the blobs in the store: under names, or for as long as the build
+// lasts.
+func (w *writer) publish(ctx context.Context, root ocispec.Descriptor, names []string) (err error) {
+	defer func() {
+		if err != nil && !errors.Is(err, journal.ErrIntended) {
+			_ = w.abandon(nil)
+			return
 		}
-		if out[i].Created == nil {
-			out[i].Created = &when
+		for _, in := range w.ingests {
+			_ = in.Close()
 		}
-	}
-	for ; next < len(layers); next++ {
-		out = append(out, ocispec.History{Created: &layers[next].record.Created, CreatedBy: "varve"})
-	}
-	return out
-}
-
-// publish makes the image visible under the build's names.
-func (x *export) publish(ctx context.Context, top layout.SnapshotKey, desc ocispec.Descriptor, m ocispec.Manifest, layers []*exported, documents [][]byte) error {
-	in := layout.IntentRecord{Purpose: "export image " + desc.Digest.String()}
+	}()
+	in := layout.IntentRecord{Purpose: "export image " + root.Digest.String(), Edges: w.edges}
 	published := map[digest.Digest]bool{}
-	for _, l := range layers {
+	for _, l := range w.layers {
 		if l.fresh == nil || published[l.desc.Digest] {
 			continue
 		}
 		published[l.desc.Digest] = true
-		move, err := l.fresh.Seal(x.barrier, layout.BlobRecord{})
+		move, err := l.fresh.Seal(w.barrier, layout.BlobRecord{})
 		if err != nil {
 			return err
 		}
 		in.Blobs = append(in.Blobs, move)
 	}
-	for _, data := range documents {
-		move, err := x.document(ctx, data)
+	for _, doc := range w.documents {
+		if published[doc.desc.Digest] {
+			continue
+		}
+		published[doc.desc.Digest] = true
+		move, err := w.stage(ctx, doc)
 		if err != nil {
 			return err
 		}
 		in.Blobs = append(in.Blobs, move)
-	}
-	from := layout.BlobNode(layout.BlobDigest(desc.Digest))
-	link := func(rel string, child layout.Node) {
-		in.Edges = append(in.Edges, layout.Edge{Parent: from, Rel: rel, Child: child})
-	}
-	link(layout.RelContent, layout.BlobNode(layout.BlobDigest(m.Config.Digest)))
-	for _, l := range m.Layers {
-		link(layout.RelContent, layout.BlobNode(layout.BlobDigest(l.Digest)))
-	}
-	if top != "" {
-		link(layout.RelUnpacked, layout.SnapshotNode(top))
 	}
 	now := time.Now().UTC()
-	names := x.s.req.Names
-	if len(names) == 0 {
-		names = []string{"<none>@" + desc.Digest.String()}
-	}
 	for _, name := range names {
-		in.Images = append(in.Images, layout.ImageMake{Name: name, Record: layout.ImageRecord{Target: desc, Created: now, Updated: now}})
+		in.Images = append(in.Images, layout.ImageMake{Name: name, Record: layout.ImageRecord{Target: root, Created: now, Updated: now}})
 	}
-	if err := x.s.b.Journal.Publish(ctx, x.barrier, in); err != nil {
+	if len(names) == 0 {
+		in.Edges = append(in.Edges, layout.Edge{Parent: w.j.lease.Node(), Rel: layout.RelHolds, Child: layout.BlobNode(layout.BlobDigest(root.Digest))})
+	}
+	if err := w.j.b.Journal.Publish(ctx, w.barrier, in); err != nil {
 		return err
 	}
-	return x.remember(layers)
+	return w.remember()
 }
 
-// document puts a small blob into an ingest of its own.
-func (x *export) document(ctx context.Context, data []byte) (layout.BlobMove, error) {
-	d := digest.FromBytes(data)
-	in, err := x.s.b.Blobs.NewIngest(ctx, "export-"+d.String(), layout.BlobDigest(d))
+// stage puts a document into an ingest of its own.
+func (w *writer) stage(ctx context.Context, doc document) (layout.BlobMove, error) {
+	in, err := w.j.b.Blobs.NewIngest(ctx, "export-"+layout.NewID(), layout.BlobDigest(doc.desc.Digest))
 	if err != nil {
 		return layout.BlobMove{}, err
 	}
-	x.ingests = append(x.ingests, in)
-	if _, err := io.Copy(in, bytes.NewReader(data)); err != nil {
-		return layout.BlobMove{}, errors.Join(err, in.Discard())
+	w.ingests = append(w.ingests, in)
+	if _, err := io.Copy(in, bytes.NewReader(doc.data)); err != nil {
+		return layout.BlobMove{}, err
 	}
-	return in.Seal(x.barrier, layout.BlobRecord{})
+	return in.Seal(w.barrier, layout.BlobRecord{})
 }
 
 // remember notes in the layers' records what they were written as, for the
 // next export. A layer that was pulled keeps its DiffID, which images and the
 // index know it by.
-func (x *export) remember(layers []*exported) error {
-	return x.s.b.DB.Update(context.Background(), func(tx *metadata.Tx) error {
-		for _, l := range layers {
-			if l.fresh == nil {
+func (w *writer) remember() error {
+	return w.j.b.DB.Update(context.Background(), func(tx *metadata.Tx) error {
+		for _, l := range w.layers {
+			if l.fresh == nil || l.own {
 				continue
 			}
 			rec, err := tx.Layers().Get(l.id)

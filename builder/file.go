@@ -45,7 +45,7 @@ func (t *step) file(ctx context.Context, op *pb.FileOp) (out outputs, err error)
 	if err := f.plan(ctx); err != nil {
 		return out, err
 	}
-	err = inMounts(t.s.b.Scratch, f.trees, func(dirs []string) error {
+	err = inMounts(t.j.b.Scratch, f.trees, func(dirs []string) error {
 		for i, a := range op.Actions {
 			if err := f.act(ctx, dirs, i, a); err != nil {
 				return err
@@ -126,7 +126,7 @@ func (f *fileStep) reads(ctx context.Context, a *pb.FileAction) error {
 		var tree overlay.Tree
 		if snap := f.inputs[in]; snap != "" {
 			var err error
-			if tree, err = f.s.b.Snaps.Tree(ctx, snap); err != nil {
+			if tree, err = f.j.b.Snaps.Tree(ctx, snap); err != nil {
 				return err
 			}
 		}

@@ -2,7 +2,9 @@ package builder
 
 import (
 	"fmt"
+	"strings"
 
+	bkerrdefs "github.com/moby/buildkit/solver/errdefs"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
@@ -30,6 +32,8 @@ type vertex struct {
 	meta   *pb.OpMetadata
 	inputs []edge
 	line   string // "Dockerfile:7", or "" where nothing is known
+	// sources are where in which texts it is written.
+	sources []*bkerrdefs.Source
 }
 
 // maxVertices bounds what a frontend may hand over.
@@ -59,7 +63,7 @@ func loadGraph(def *pb.Definition) (*graph, error) {
 			v.inputs = append(v.inputs, edge{d, int(in.Index)})
 		}
 		v.meta = def.Metadata[string(v.digest)]
-		v.line = lineOf(def, v.digest)
+		v.line, v.sources = lineOf(def, v.digest), sourcesOf(def, v.digest)
 		g.vertices[v.digest] = v
 		last = v
 	}
@@ -83,24 +87,59 @@ func lineOf(def *pb.Definition, d digest.Digest) string {
 	return ""
 }
 
+// sourcesOf are the texts and ranges that a vertex comes from.
+func sourcesOf(def *pb.Definition, d digest.Digest) (out []*bkerrdefs.Source) {
+	if def.Source == nil || def.Source.Locations[string(d)] == nil {
+		return nil
+	}
+	for _, l := range def.Source.Locations[string(d)].Locations {
+		if l != nil && l.SourceIndex >= 0 && int(l.SourceIndex) < len(def.Source.Infos) {
+			out = append(out, &bkerrdefs.Source{Info: def.Source.Infos[l.SourceIndex], Ranges: l.Ranges})
+		}
+	}
+	return out
+}
+
+// customName is where a frontend says what a vertex is called.
+const customName = "llb.customname"
+
 // name is what people call the vertex.
 func (v *vertex) name() string {
 	if v.meta != nil {
-		if n := v.meta.Description["llb.customname"]; n != "" {
+		if n := v.meta.Description[customName]; n != "" {
 			return n
 		}
 	}
-	switch op := v.op.Op.(type) {
+	switch op := v.op.GetOp().(type) {
 	case *pb.Op_Source:
 		return op.Source.Identifier
 	case *pb.Op_Exec:
-		return fmt.Sprintf("%q", op.Exec.Meta.GetArgs())
+		return strings.Join(op.Exec.GetMeta().GetArgs(), " ")
 	case *pb.Op_File:
-		return fmt.Sprintf("file operation of %d actions", len(op.File.Actions))
+		return fileName(op.File.Actions)
 	case *pb.Op_Merge:
-		return fmt.Sprintf("merge of %d trees", len(op.Merge.Inputs))
+		return fmt.Sprintf("merge %d trees", len(op.Merge.Inputs))
 	case *pb.Op_Diff:
-		return "difference of two trees"
+		return "diff two trees"
 	}
 	return v.digest.Encoded()[:12]
+}
+
+func fileName(actions []*pb.FileAction) string {
+	var names []string
+	for _, a := range actions {
+		switch x := a.Action.(type) {
+		case *pb.FileAction_Mkdir:
+			names = append(names, "mkdir "+x.Mkdir.Path)
+		case *pb.FileAction_Mkfile:
+			names = append(names, "mkfile "+x.Mkfile.Path)
+		case *pb.FileAction_Symlink:
+			names = append(names, "symlink "+x.Symlink.Newpath+" -> "+x.Symlink.Oldpath)
+		case *pb.FileAction_Rm:
+			names = append(names, "rm "+x.Rm.Path)
+		case *pb.FileAction_Copy:
+			names = append(names, "copy "+x.Copy.Src+" "+x.Copy.Dest)
+		}
+	}
+	return strings.Join(names, ", ")
 }

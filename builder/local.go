@@ -1,157 +1,237 @@
 package builder
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"net/url"
 	"os"
-	"path/filepath"
-	"sync"
+	"strconv"
+	"strings"
+	"time"
 
-	"github.com/moby/buildkit/frontend/dockerui"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/session/filesync"
 	"github.com/moby/buildkit/solver/pb"
-	"github.com/opencontainers/go-digest"
+	"github.com/moby/patternmatcher"
 	"github.com/tonistiigi/fsutil"
 	fstypes "github.com/tonistiigi/fsutil/types"
+	grpcmetadata "google.golang.org/grpc/metadata"
 
 	"varve.dev/errdefs"
+	"varve.dev/layout"
+	"varve.dev/overlay"
 )
 
-// localTree is what a build reads of a directory.
-type localTree struct {
-	once  sync.Once
-	err   error
-	dir   string
-	key   string
-	files []localFile
+// localOrigin is a directory of the client. What it had at the last build is
+// kept, and only what has changed since is sent: the new state is a layer on
+// the old one.
+type localOrigin struct {
+	j       *job
+	v       *vertex
+	name    string
+	session string // that has the directory; "": the build's own
+	hint    string
+	only    bool // metadata alone is sent, but for what except matches
+	except  []string
+	differ  fsutil.DiffType
+	filter  fsutil.FilterOpt
+
+	snapshot layout.SnapshotKey // after identify
 }
 
-type localFile struct {
-	name string
-	stat *fstypes.Stat
-}
-
-// local lists and hashes the files of a local source, once in a build.
-func (s *session) local(ctx context.Context, v *vertex, src *pb.SourceOp) (*localTree, error) {
-	s.mu.Lock()
-	t := s.locals[v.digest]
-	if t == nil {
-		t = &localTree{}
-		s.locals[v.digest] = t
-	}
-	s.mu.Unlock()
-	t.once.Do(func() { t.err = t.read(ctx, s.req.Context, src) })
-	return t, t.err
-}
-
-// read walks the directory with the patterns that the frontend has made of the
-// ignore file and of what the Dockerfile copies.
-func (t *localTree) read(ctx context.Context, dir string, src *pb.SourceOp) error {
-	name, _ := cutScheme(src.Identifier, schemeLocal)
-	if name != dockerui.DefaultLocalNameContext && name != dockerui.DefaultLocalNameDockerfile {
-		return fmt.Errorf("context %q was not given: %w", name, errdefs.ErrNotFound)
-	}
-	t.dir = dir
-	var filter fsutil.FilterOpt
-	for attr, into := range map[string]*[]string{
-		pb.AttrIncludePatterns: &filter.IncludePatterns, pb.AttrExcludePatterns: &filter.ExcludePatterns, pb.AttrFollowPaths: &filter.FollowPaths,
-	} {
-		if text := src.Attrs[attr]; text != "" {
-			if err := json.Unmarshal([]byte(text), into); err != nil {
-				return fmt.Errorf("patterns of the build context: %w: %w", err, errdefs.ErrInvalidArgument)
+func newLocalOrigin(j *job, v *vertex, name string, attrs map[string]string) (*localOrigin, error) {
+	o := &localOrigin{j: j, v: v, name: name}
+	for key, value := range attrs {
+		var err error
+		switch key {
+		case pb.AttrLocalSessionID:
+			o.session = value
+			if prefix, id, ok := strings.Cut(value, ":"); ok {
+				o.name, o.session = prefix+"-"+name, id
 			}
+		case pb.AttrIncludePatterns:
+			err = json.Unmarshal([]byte(value), &o.filter.IncludePatterns)
+		case pb.AttrExcludePatterns:
+			err = json.Unmarshal([]byte(value), &o.filter.ExcludePatterns)
+		case pb.AttrFollowPaths:
+			err = json.Unmarshal([]byte(value), &o.filter.FollowPaths)
+		case pb.AttrSharedKeyHint:
+			o.hint = value
+		case pb.AttrLocalDiffer:
+			if value == pb.AttrLocalDifferNone {
+				o.differ = fsutil.DiffNone
+			}
+		case pb.AttrMetadataTransfer:
+			o.only, err = strconv.ParseBool(value)
+		case pb.AttrMetadataTransferExclude:
+			err = json.Unmarshal([]byte(value), &o.except)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("local source %s: %s: %w: %w", name, key, err, errdefs.ErrInvalidArgument)
 		}
 	}
-	tree, err := fsutil.NewFS(dir)
-	if err == nil {
-		tree, err = fsutil.NewFilterFS(tree, &filter)
-	}
+	return o, nil
+}
+
+// identify has the directory's files sent. Their digest is the key.
+func (o *localOrigin) identify(ctx context.Context) (string, error) {
+	caller, err := o.caller(ctx)
 	if err != nil {
-		return fmt.Errorf("build context %s: %w: %w", dir, err, errdefs.ErrInvalidArgument)
+		return "", err
 	}
 	k := newKeyHash("local")
-	err = tree.Walk(ctx, "", func(name string, d os.DirEntry, err error) error {
+	k.add(o.name, o.hint, caller.SharedKey(), strconv.FormatBool(o.only))
+	last := k.sum()
+	// Two builds of one directory take turns, and the second finds what the
+	// first has had sent.
+	out, err := o.j.b.flights.do(ctx, last, func() (outputs, error) { return o.transfer(ctx, caller, last) })
+	if err != nil {
+		return "", err
+	}
+	o.snapshot = out.snapshots[0]
+	return out.key, nil
+}
+
+func (o *localOrigin) bring(ctx context.Context, key string) (outputs, error) {
+	return outputs{key: key, snapshots: []layout.SnapshotKey{o.snapshot}}, nil
+}
+
+// caller is the session that has the directory: the one that the source names,
+// or the build's own if that is gone.
+func (o *localOrigin) caller(ctx context.Context) (session.Caller, error) {
+	if o.session != "" {
+		if c, err := o.j.caller(ctx, o.session); err == nil {
+			return c, nil
+		}
+	}
+	return o.j.caller(ctx, "")
+}
+
+// maxContextLayers is how many changes of a directory are kept as layers on one
+// another, before it is sent as a whole again.
+const maxContextLayers = 24
+
+// transfer brings what was there last up to date.
+func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last string) (out outputs, err error) {
+	j := o.j
+	var base layout.SnapshotKey
+	known, ok, err := j.lookup(ctx, last)
+	if err != nil {
+		return out, err
+	}
+	if ok {
+		ids, err := j.b.Snaps.LayerIDs(ctx, known.snapshots[0])
 		if err != nil {
-			return err
+			return out, err
 		}
-		return t.add(k, name, d)
-	})
-	if err != nil {
-		return fmt.Errorf("build context %s: %w: %w", dir, err, errdefs.ErrInvalidArgument)
-	}
-	t.key = k.sum()
-	return nil
-}
-
-// add hashes one file: its name, type, mode, link target and contents. Owners
-// and times are those of a checkout and say nothing.
-func (t *localTree) add(k keyHash, name string, d os.DirEntry) error {
-	fi, err := d.Info()
-	if err != nil {
-		return err
-	}
-	stat, ok := fi.Sys().(*fstypes.Stat)
-	if !ok {
-		return fmt.Errorf("%s: no description", name)
-	}
-	mode := os.FileMode(stat.Mode)
-	if mode&os.ModeSocket != 0 {
-		return nil
-	}
-	sum := ""
-	if mode.IsRegular() {
-		f, err := os.Open(filepath.Join(t.dir, name))
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if sum, err = sumOf(f); err != nil {
-			return err
+		if len(ids) < maxContextLayers {
+			base = known.snapshots[0]
 		}
 	}
-	k.add(filepath.ToSlash(name), mode.String(), stat.Linkname, sum)
-	t.files = append(t.files, localFile{name, stat})
-	return nil
+	t := &step{j: j, v: o.v, key: last, began: time.Now()}
+	active, tree, err := t.prepare(ctx, base)
+	if err != nil {
+		return out, err
+	}
+	changed, err := o.receive(ctx, caller, tree)
+	if err != nil {
+		t.discard(active)
+		return out, err
+	}
+	if !changed && base != "" {
+		t.discard(active)
+		out = known
+	} else if out, err = t.commit(ctx, []layout.SnapshotKey{active}); err != nil {
+		return out, err
+	}
+	sum, err := j.digestOf(ctx, out.snapshots[0], ".")
+	k := newKeyHash("files")
+	k.add(sum)
+	out.key = k.sum()
+	return out, err
 }
 
-func sumOf(r io.Reader) (string, error) {
-	d, err := digest.Canonical.FromReader(r)
-	return d.Encoded(), err
+// receive has the client send what differs from a tree, and tells whether
+// anything did.
+func (o *localOrigin) receive(ctx context.Context, caller session.Caller, tree overlay.Tree) (changed bool, err error) {
+	root, err := openMount(o.j.b.Scratch, tree, "")
+	if err != nil {
+		return false, err
+	}
+	fsRoot := fsutil.NewRoot(root)
+	defer func() { err = errors.Join(err, fsRoot.Close()) }()
+	if !caller.Supports(session.MethodURL(filesync.FileSync_ServiceDesc.ServiceName, "diffcopy")) {
+		return false, fmt.Errorf("no local sources enabled: directory %q was not given: %w", o.name, errdefs.ErrNotFound)
+	}
+	ctx, cancel := context.WithCancel(caller.Context(ctx))
+	defer cancel()
+	stream, err := filesync.NewFileSyncClient(caller.Conn()).DiffCopy(grpcmetadata.NewOutgoingContext(ctx, o.header()))
+	if err != nil {
+		return false, err
+	}
+	told := o.j.progress.part(o.v, "transferring "+o.name+":")
+	defer told.done()
+	options := fsutil.ReceiveOpt{
+		Differ:     o.differ,
+		ProgressCb: func(size int, _ bool) { told.at(int64(size), 0) },
+	}
+	if options.MetadataOnly, err = o.metadataOnly(); err != nil {
+		return false, err
+	}
+	if err := fsutil.ReceiveRoot(ctx, stream, fsRoot, options); err != nil {
+		return false, err
+	}
+	_ = stream.CloseSend()
+	entries, err := os.ReadDir(tree.Upper)
+	return len(entries) > 0, err
 }
 
-// openLocal opens a file of the build context for the frontend. A Dockerfile
-// from outside stands in for one in the context.
-func (s *session) openLocal(src *pb.SourceOp, name string) (*os.File, error) {
-	local, _ := cutScheme(src.Identifier, schemeLocal)
-	if s.req.DockerfileBytes != nil && local == dockerui.DefaultLocalNameDockerfile && relative(name) == s.dockerfileName() {
-		return memoryFile(s.req.DockerfileBytes)
+func (o *localOrigin) metadataOnly() (fsutil.FilterFunc, error) {
+	if !o.only {
+		return nil, nil
 	}
-	root, err := os.OpenRoot(s.req.Context)
+	m, err := patternmatcher.New(o.except)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("local source %s: %w: %w", o.name, err, errdefs.ErrInvalidArgument)
 	}
-	defer root.Close()
-	return root.Open(relative(name))
+	return func(p string, _ *fstypes.Stat) bool {
+		ok, err := m.MatchesOrParentMatches(p)
+		return err == nil && ok
+	}, nil
 }
 
-// memoryFile is a file without a name.
-func memoryFile(data []byte) (*os.File, error) {
-	f, err := os.CreateTemp("", "varve-dockerfile-")
-	if err != nil {
-		return nil, err
+// header is the request for the directory, as package filesync of BuildKit
+// reads it. A value that is not ASCII has all of its key's values encoded.
+func (o *localOrigin) header() grpcmetadata.MD {
+	md := grpcmetadata.MD{}
+	for key, values := range map[string][]string{
+		"dir-name": {o.name}, "include-patterns": o.filter.IncludePatterns,
+		"exclude-patterns": o.filter.ExcludePatterns, "followpaths": o.filter.FollowPaths,
+	} {
+		plain := true
+		for _, v := range values {
+			plain = plain && isASCII(v)
+		}
+		for _, v := range values {
+			if !plain {
+				v = url.QueryEscape(v)
+			}
+			md.Append(key, v)
+		}
+		if !plain {
+			md.Set(key+"-encoded", "1")
+		}
 	}
-	err = os.Remove(f.Name())
-	if err == nil {
-		_, err = io.Copy(f, bytes.NewReader(data))
+	return md
+}
+
+func isASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] >= 0x80 {
+			return false
+		}
 	}
-	if err == nil {
-		_, err = f.Seek(0, io.SeekStart)
-	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
+	return true
 }

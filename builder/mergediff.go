@@ -40,7 +40,7 @@ func (t *step) merge(ctx context.Context, op *pb.MergeOp) (outputs, error) {
 			base = key // what is empty adds nothing
 			continue
 		}
-		ids, err := t.s.b.Snaps.LayerIDs(ctx, key)
+		ids, err := t.j.b.Snaps.LayerIDs(ctx, key)
 		if err != nil {
 			return outputs{}, err
 		}
@@ -61,11 +61,11 @@ func (t *step) diff(ctx context.Context, op *pb.DiffOp) (outputs, error) {
 	if err != nil {
 		return outputs{}, err
 	}
-	below, err := t.s.b.Snaps.LayerIDs(ctx, lower)
+	below, err := t.j.b.Snaps.LayerIDs(ctx, lower)
 	if err != nil {
 		return outputs{}, err
 	}
-	all, err := t.s.b.Snaps.LayerIDs(ctx, upper)
+	all, err := t.j.b.Snaps.LayerIDs(ctx, upper)
 	if err != nil {
 		return outputs{}, err
 	}
@@ -85,11 +85,11 @@ func (t *step) stack(ctx context.Context, base layout.SnapshotKey, above []layou
 	case len(above) > 0:
 		out.snapshots[0] = layout.SnapshotKey("build:" + layout.NewID())
 		extend := func(in *layout.IntentRecord) { in.Cache = t.records(out) }
-		return out, t.s.b.Snaps.Stack(ctx, t.s.lease.Node(), out.snapshots[0], base, above, extend)
+		return out, t.j.b.Snaps.Stack(ctx, t.j.lease.Node(), out.snapshots[0], base, above, extend)
 	case base == "":
 		return out, nil // nothing to keep, and nothing is saved by it
 	}
-	return out, t.s.b.DB.Update(ctx, func(tx *metadata.Tx) error {
+	return out, t.j.b.DB.Update(ctx, func(tx *metadata.Tx) error {
 		for _, m := range t.records(out) {
 			if err := tx.PutCache(m.Key, m.Record); err != nil {
 				return err
@@ -103,13 +103,13 @@ func (t *step) stack(ctx context.Context, base layout.SnapshotKey, above []layou
 func (t *step) compare(ctx context.Context, lower, upper layout.SnapshotKey) (out outputs, err error) {
 	var layers [2][]layer.Parent
 	for i, key := range []layout.SnapshotKey{lower, upper} {
-		if layers[i], err = t.s.b.Snaps.Layers(ctx, key); err != nil {
+		if layers[i], err = t.j.b.Snaps.Layers(ctx, key); err != nil {
 			return out, err
 		}
 	}
 	var trees []overlay.Tree
 	if upper != "" {
-		tree, err := t.s.b.Snaps.Tree(ctx, upper)
+		tree, err := t.j.b.Snaps.Tree(ctx, upper)
 		if err != nil {
 			return out, err
 		}
@@ -131,11 +131,11 @@ func (t *step) compare(ctx context.Context, lower, upper layout.SnapshotKey) (ou
 	read := make(chan struct{})
 	go func() {
 		defer close(read)
-		in.CloseWithError(inMounts(t.s.b.Scratch, trees, func(dirs []string) error {
-			return layer.Export(ctx, in, files, append(dirs, "")[0])
+		in.CloseWithError(inMounts(t.j.b.Scratch, trees, func(dirs []string) error {
+			return layer.Export(ctx, in, files, append(dirs, "")[0], layer.ExportOptions{})
 		}))
 	}()
-	err = t.s.b.Snaps.Fill(ctx, active, stream)
+	err = t.j.b.Snaps.Fill(ctx, active, stream)
 	stream.CloseWithError(err)
 	<-read
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/pb"
 
 	"varve.dev/errdefs"
@@ -21,7 +22,7 @@ import (
 
 // step is one operation being carried out.
 type step struct {
-	s       *session
+	j       *job
 	v       *vertex
 	key     string // definition key
 	content string // content key, or ""
@@ -33,16 +34,16 @@ type step struct {
 // lease if it is not committed.
 func (t *step) prepare(ctx context.Context, on layout.SnapshotKey) (layout.SnapshotKey, overlay.Tree, error) {
 	key := layout.SnapshotKey("step:" + layout.NewID())
-	if err := t.s.b.Snaps.PrepareFor(ctx, t.s.lease.Node(), key, on); err != nil {
+	if err := t.j.b.Snaps.PrepareFor(ctx, t.j.lease.Node(), key, on); err != nil {
 		return "", overlay.Tree{}, err
 	}
-	tree, err := t.s.b.Snaps.Tree(ctx, key)
+	tree, err := t.j.b.Snaps.Tree(ctx, key)
 	return key, tree, err
 }
 
 // discard removes a writable snapshot that came to nothing.
 func (t *step) discard(active layout.SnapshotKey) {
-	_ = t.s.b.Snaps.RemoveFor(context.Background(), t.s.lease.Node(), active)
+	_ = t.j.b.Snaps.RemoveFor(context.Background(), t.j.lease.Node(), active)
 }
 
 // commit makes the writable snapshots the outputs of the step and stores the
@@ -60,12 +61,12 @@ func (t *step) commit(ctx context.Context, actives []layout.SnapshotKey) (output
 		if i == len(actives)-1 {
 			extend = func(in *layout.IntentRecord) { in.Cache = t.records(out) }
 		}
-		if err := t.s.b.Snaps.CommitFor(ctx, t.s.lease.Node(), out.snapshots[i], active, extend); err != nil {
+		if err := t.j.b.Snaps.CommitFor(ctx, t.j.lease.Node(), out.snapshots[i], active, extend); err != nil {
 			return outputs{}, err
 		}
 	}
 	// A cache that does not get smaller is no failure of the step.
-	_ = t.s.b.Space.TrimCache(ctx)
+	_ = t.j.b.Space.TrimCache(ctx)
 	return out, nil
 }
 
@@ -85,8 +86,8 @@ func (t *step) records(out outputs) []layout.CacheMake {
 
 // exec runs a command.
 func (t *step) exec(ctx context.Context, op *pb.ExecOp) (out outputs, err error) {
-	if op.Security == pb.SecurityMode_INSECURE {
-		return out, fmt.Errorf("RUN --security=insecure is not granted: %w", errdefs.ErrPermissionDenied)
+	if err := t.j.entitled(op); err != nil {
+		return out, err
 	}
 	e := &execution{step: t, op: op, byOutput: map[int64]layout.SnapshotKey{}}
 	defer func() { e.end(err) }()
@@ -155,13 +156,9 @@ func (e *execution) mounts(ctx context.Context) error {
 			}
 			e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "tmpfs", Target: m.Dest, Options: options})
 		case pb.MountType_SECRET:
-			if !m.SecretOpt.GetOptional() {
-				err = fmt.Errorf("secret %q was not given: %w", m.SecretOpt.GetID(), errdefs.ErrNotFound)
-			}
+			err = e.secret(ctx, m)
 		case pb.MountType_SSH:
-			if !m.SSHOpt.GetOptional() {
-				err = fmt.Errorf("ssh agent %q was not given: %w", m.SSHOpt.GetID(), errdefs.ErrNotFound)
-			}
+			err = e.agent(ctx, m)
 		}
 		if err != nil {
 			return err
@@ -189,7 +186,7 @@ func (e *execution) bind(ctx context.Context, m *pb.Mount) error {
 	}
 	var tree overlay.Tree
 	if m.Readonly && on != "" {
-		tree, err = e.s.b.Snaps.Tree(ctx, on)
+		tree, err = e.j.b.Snaps.Tree(ctx, on)
 	} else {
 		var active layout.SnapshotKey
 		active, tree, err = e.prepare(ctx, on)
@@ -230,26 +227,54 @@ func (e *execution) run(ctx context.Context) error {
 	if err := e.network(meta); err != nil {
 		return err
 	}
-	x, err := e.s.b.executor()
+	x, err := e.j.b.executor()
 	if err != nil {
 		return err
 	}
-	w := &logWriter{e: e}
-	exit, err := x.Run(ctx, e.spec, w, w)
+	if err := e.secretEnv(ctx, e.op.Secretenv); err != nil {
+		return err
+	}
+	e.limits(meta)
+	e.spec.Privileged = e.op.Security == pb.SecurityMode_INSECURE
+	exit, err := x.Run(ctx, e.spec, runtime.Streams{Out: &logWriter{e, 1}, Err: &logWriter{e, 2}})
 	if err != nil {
 		return err
 	}
 	if exit.Error != "" {
-		return fmt.Errorf("%s: %w", exit.Error, errdefs.ErrFailedPrecondition)
+		return e.failed(fmt.Errorf("%s: %w", exit.Error, errdefs.ErrFailedPrecondition))
 	}
-	if exit.Code != 0 && !slices.Contains(meta.ValidExitCodes, int32(exit.Code)) {
-		reason := ""
+	if !validExit(meta.ValidExitCodes, exit.Code) {
 		if exit.OOMKilled {
-			reason = " (killed for want of memory)"
+			return e.failed(fmt.Errorf("killed for want of memory: %w", &gwpb.ExitError{ExitCode: uint32(exit.Code)}))
 		}
-		return fmt.Errorf("exit code %d%s: %w", exit.Code, reason, errdefs.ErrFailedPrecondition)
+		return e.failed(&gwpb.ExitError{ExitCode: uint32(exit.Code)})
 	}
 	return nil
+}
+
+// limits are what the frontend asks for, of the kernel and of the cgroup.
+func (e *execution) limits(meta *pb.Meta) {
+	for _, l := range meta.Ulimit {
+		e.spec.Rlimits = append(e.spec.Rlimits, runtime.Rlimit{Name: l.Name, Soft: uint64(l.Soft), Hard: uint64(l.Hard)})
+	}
+	e.spec.CgroupParent = meta.CgroupParent
+	if r := e.v.meta.GetLinuxResources(); r != nil {
+		e.spec.Memory, e.spec.MemorySwap = r.Memory, r.MemorySwap
+		e.spec.CPUShares, e.spec.CPUPeriod, e.spec.CPUQuota = r.CpuShares, r.CpuPeriod, r.CpuQuota
+		e.spec.CPUSetCPUs, e.spec.CPUSetMems = r.CpusetCpus, r.CpusetMems
+	}
+}
+
+func (e *execution) failed(err error) error {
+	return fmt.Errorf("process %q did not complete successfully: %w", strings.Join(e.op.Meta.Args, " "), err)
+}
+
+// validExit: nothing but 0, where nothing is said.
+func validExit(valid []int32, code int) bool {
+	if len(valid) == 0 {
+		return code == 0
+	}
+	return slices.Contains(valid, int32(code))
 }
 
 func (e *execution) proxies(p *pb.ProxyEnv) {
@@ -265,27 +290,34 @@ func (e *execution) proxies(p *pb.ProxyEnv) {
 	}
 }
 
-// network gives the step the host's network, with the host's names and those
-// of --add-host, or none.
+// network gives the step the network that its operation asks for.
 func (e *execution) network(meta *pb.Meta) error {
-	if e.op.Network == pb.NetMode_NONE {
-		e.spec.Network = runtime.NoNetwork
-		return nil
-	}
+	return e.connect(e.op.Network == pb.NetMode_NONE, meta.ExtraHosts)
+}
+
+// connect gives the step the host's network, with the host's names and extra
+// ones, or none.
+func (e *execution) connect(offline bool, extraHosts []*pb.HostIP) error {
 	e.spec.Network = runtime.HostNetwork
-	dir, err := os.MkdirTemp(e.s.b.Scratch, "etc-")
+	if offline {
+		e.spec.Network = runtime.NoNetwork
+	}
+	dir, err := os.MkdirTemp(e.j.b.Scratch, "etc-")
 	if err != nil {
 		return fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
 	}
 	e.scratch = append(e.scratch, dir)
 	extra := ""
-	for _, h := range meta.ExtraHosts {
+	for _, h := range extraHosts {
 		extra += h.IP + "\t" + h.Host + "\n"
 	}
 	for name, more := range map[string]string{"resolv.conf": "", "hosts": extra} {
 		data, err := os.ReadFile("/etc/" + name)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
+		}
+		if len(data) > 0 && more != "" && data[len(data)-1] != '\n' {
+			data = append(data, '\n')
 		}
 		file := filepath.Join(dir, name)
 		if err := os.WriteFile(file, append(data, more...), 0o644); err != nil {
@@ -296,10 +328,13 @@ func (e *execution) network(meta *pb.Meta) error {
 	return nil
 }
 
-// logWriter passes output on as events.
-type logWriter struct{ e *execution }
+// logWriter passes a stream of output on.
+type logWriter struct {
+	e      *execution
+	stream int
+}
 
 func (w *logWriter) Write(p []byte) (int, error) {
-	w.e.s.event(Event{ID: string(w.e.v.digest), Name: w.e.v.name(), State: Started, Log: slices.Clone(p)})
+	w.e.j.progress.log(w.e.v, w.stream, slices.Clone(p))
 	return len(p), nil
 }

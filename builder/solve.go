@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	bkerrdefs "github.com/moby/buildkit/solver/errdefs"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
@@ -29,8 +30,8 @@ type result struct {
 }
 
 // solve returns the snapshot of an edge.
-func (s *session) solve(ctx context.Context, g *graph, e edge) (layout.SnapshotKey, error) {
-	out, err := s.vertex(ctx, g, e.vertex)
+func (j *job) solve(ctx context.Context, g *graph, e edge) (layout.SnapshotKey, error) {
+	out, err := j.vertex(ctx, g, e.vertex)
 	if err != nil {
 		return "", err
 	}
@@ -43,39 +44,42 @@ func (s *session) solve(ctx context.Context, g *graph, e edge) (layout.SnapshotK
 // vertex solves a vertex once in this build, however many want it. One that was
 // called off, because something beside it failed, has no result: whoever else
 // wants it tries itself, for the error to tell is the failure.
-func (s *session) vertex(ctx context.Context, g *graph, d digest.Digest) (outputs, error) {
-	return s.solving.do(ctx, string(d), func() (outputs, error) {
-		s.mu.Lock()
-		known, ok := s.memo[d]
-		s.mu.Unlock()
+func (j *job) vertex(ctx context.Context, g *graph, d digest.Digest) (outputs, error) {
+	return j.solving.do(ctx, string(d), func() (outputs, error) {
+		j.mu.Lock()
+		known, ok := j.memo[d]
+		j.mu.Unlock()
 		if ok {
 			return known.out, known.err
 		}
-		out, err := s.vertexOnce(ctx, g, g.vertices[d])
+		out, err := j.vertexOnce(ctx, g, g.vertices[d])
 		if !errors.Is(err, context.Canceled) {
-			s.mu.Lock()
-			s.memo[d] = result{out, err}
-			s.mu.Unlock()
+			j.mu.Lock()
+			j.memo[d] = result{out, err}
+			j.mu.Unlock()
 		}
 		return out, err
 	})
 }
 
-func (s *session) vertexOnce(ctx context.Context, g *graph, v *vertex) (outputs, error) {
+func (j *job) vertexOnce(ctx context.Context, g *graph, v *vertex) (outputs, error) {
 	if src := v.op.GetSource(); src != nil {
-		out, err := s.source(ctx, v, src)
-		return out, s.fail(v, err)
+		out, err := j.source(ctx, v, src)
+		return out, j.fail(v, err)
 	}
 	ignore := v.meta != nil && v.meta.IgnoreCache
 	if !ignore {
 		// Top-down: what is known needs nothing of what is below.
-		if key, err := s.keyWithoutSolving(ctx, g, v); err == nil && key != "" {
-			if out, ok, err := s.lookup(ctx, v, key); err != nil || ok {
-				return out, s.fail(v, err)
+		if key, err := j.keyWithoutSolving(ctx, g, v); err == nil && key != "" {
+			if out, ok, err := j.lookup(ctx, key); err != nil || ok {
+				if ok {
+					j.tellCached(g, v)
+				}
+				return out, j.fail(v, err)
 			}
 		}
 	}
-	inputs, err := s.inputs(ctx, g, v)
+	inputs, err := j.inputs(ctx, g, v)
 	if err != nil {
 		return outputs{}, err // names its own line
 	}
@@ -85,16 +89,33 @@ func (s *session) vertexOnce(ctx context.Context, g *graph, v *vertex) (outputs,
 	}
 	key, err := definitionKey(v, keys)
 	if err != nil {
-		return outputs{}, s.fail(v, err)
+		return outputs{}, j.fail(v, err)
 	}
-	out, err := s.b.flights.do(ctx, key, func() (outputs, error) {
-		return s.decide(ctx, v, key, keys, inputs, ignore)
+	out, err := j.b.flights.do(ctx, key, func() (outputs, error) {
+		return j.decide(ctx, v, key, keys, inputs, ignore)
 	})
 	if err != nil {
-		return out, s.fail(v, err)
+		return out, j.fail(v, err)
 	}
 	// Another build may have made it, and only that build holds it so far.
-	return out, s.hold(ctx, out.snapshots)
+	return out, j.hold(ctx, out.snapshots)
+}
+
+// tellCached tells that a vertex was known, and so all below it is not wanted.
+func (j *job) tellCached(g *graph, v *vertex) {
+	told := map[*vertex]bool{}
+	var tell func(v *vertex)
+	tell = func(v *vertex) {
+		if told[v] {
+			return
+		}
+		told[v] = true
+		for _, e := range v.inputs {
+			tell(g.vertices[e.vertex])
+		}
+		j.progress.cached(v)
+	}
+	tell(v)
 }
 
 // inputKey names one output of a vertex.
@@ -102,10 +123,10 @@ func inputKey(in outputs, output int) string { return fmt.Sprintf("%s/%d", in.ke
 
 // keyWithoutSolving is the definition key by what the store knows of the
 // vertices below, or "" where that is not enough to tell.
-func (s *session) keyWithoutSolving(ctx context.Context, g *graph, v *vertex) (string, error) {
-	s.mu.Lock()
-	known := s.keys[v.digest]
-	s.mu.Unlock()
+func (j *job) keyWithoutSolving(ctx context.Context, g *graph, v *vertex) (string, error) {
+	j.mu.Lock()
+	known := j.keys[v.digest]
+	j.mu.Unlock()
 	if known != "" {
 		return known, nil
 	}
@@ -115,17 +136,17 @@ func (s *session) keyWithoutSolving(ctx context.Context, g *graph, v *vertex) (s
 		var canonical string
 		if src := below.op.GetSource(); src != nil {
 			// A source's key is its identity, which is cheap to have.
-			id, err := s.sourceKey(ctx, below, src)
+			id, err := j.sourceKey(ctx, below, src)
 			if err != nil {
 				return "", err
 			}
 			canonical = id
 		} else {
-			key, err := s.keyWithoutSolving(ctx, g, below)
+			key, err := j.keyWithoutSolving(ctx, g, below)
 			if err != nil || key == "" {
 				return "", err
 			}
-			if canonical, err = s.canonical(ctx, key); err != nil {
+			if canonical, err = j.canonical(ctx, key); err != nil {
 				return "", err
 			}
 		}
@@ -133,17 +154,17 @@ func (s *session) keyWithoutSolving(ctx context.Context, g *graph, v *vertex) (s
 	}
 	key, err := definitionKey(v, keys)
 	if err == nil {
-		s.mu.Lock()
-		s.keys[v.digest] = key
-		s.mu.Unlock()
+		j.mu.Lock()
+		j.keys[v.digest] = key
+		j.mu.Unlock()
 	}
 	return key, err
 }
 
 // canonical follows the alias that is stored for a key.
-func (s *session) canonical(ctx context.Context, key string) (string, error) {
+func (j *job) canonical(ctx context.Context, key string) (string, error) {
 	out := key
-	err := s.b.DB.View(ctx, func(tx *metadata.Tx) error {
+	err := j.b.DB.View(ctx, func(tx *metadata.Tx) error {
 		rec, err := tx.Cache().Get(key)
 		if err == nil && rec.Alias != "" {
 			out = rec.Alias
@@ -161,12 +182,12 @@ func ignoreNotFound(err error) error {
 }
 
 // lookup takes a stored result, and holds it.
-func (s *session) lookup(ctx context.Context, v *vertex, key string) (outputs, bool, error) {
-	out, ok, err := s.peek(ctx, key)
+func (j *job) lookup(ctx context.Context, key string) (outputs, bool, error) {
+	out, ok, err := j.peek(ctx, key)
 	if err != nil || !ok {
 		return outputs{}, false, err
 	}
-	err = s.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {
+	err = j.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {
 		nodes, err := nodesOf(tx, out.snapshots)
 		if err != nil {
 			return nil, err
@@ -179,13 +200,12 @@ func (s *session) lookup(ctx context.Context, v *vertex, key string) (outputs, b
 	if err != nil {
 		return outputs{}, false, err
 	}
-	s.count(v, Cached)
 	return out, true, nil
 }
 
 // peek looks a result up without holding it.
-func (s *session) peek(ctx context.Context, key string) (out outputs, ok bool, err error) {
-	err = s.b.DB.View(ctx, func(tx *metadata.Tx) error {
+func (j *job) peek(ctx context.Context, key string) (out outputs, ok bool, err error) {
+	err = j.b.DB.View(ctx, func(tx *metadata.Tx) error {
 		rec, err := tx.Cache().Get(key)
 		if err == nil && rec.Alias != "" {
 			key = rec.Alias
@@ -197,12 +217,6 @@ func (s *session) peek(ctx context.Context, key string) (out outputs, ok bool, e
 		return ignoreNotFound(err)
 	})
 	return out, ok, err
-}
-
-// hold keeps snapshots until the session ends. Errors: ErrNotFound for one that
-// was removed before.
-func (s *session) hold(ctx context.Context, snaps []layout.SnapshotKey) error {
-	return s.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) { return nodesOf(tx, snaps) })
 }
 
 // nodesOf are snapshots, which have to exist; "" stands for none.
@@ -220,12 +234,12 @@ func nodesOf(tx *metadata.Tx, snaps []layout.SnapshotKey) (nodes []layout.Node, 
 }
 
 // inputs solves what is below a vertex, in parallel.
-func (s *session) inputs(ctx context.Context, g *graph, v *vertex) ([]outputs, error) {
+func (j *job) inputs(ctx context.Context, g *graph, v *vertex) ([]outputs, error) {
 	out := make([]outputs, len(v.inputs))
 	group, ctx := errgroup.WithContext(ctx)
 	for i, e := range v.inputs {
 		group.Go(func() (err error) {
-			out[i], err = s.vertex(ctx, g, e.vertex)
+			out[i], err = j.vertex(ctx, g, e.vertex)
 			return err
 		})
 	}
@@ -234,16 +248,19 @@ func (s *session) inputs(ctx context.Context, g *graph, v *vertex) ([]outputs, e
 
 // decide looks once more, with all inputs known, and runs the operation if
 // that does not help.
-func (s *session) decide(ctx context.Context, v *vertex, key string, keys []string, inputs []outputs, ignore bool) (outputs, error) {
+func (j *job) decide(ctx context.Context, v *vertex, key string, keys []string, inputs []outputs, ignore bool) (outputs, error) {
 	if !ignore {
-		if out, ok, err := s.lookup(ctx, v, key); err != nil || ok {
+		if out, ok, err := j.lookup(ctx, key); err != nil || ok {
+			if ok {
+				j.progress.cached(v)
+			}
 			return out, err
 		}
 	}
 	alias := ""
 	if file := v.op.GetFile(); file != nil {
 		content, ok, err := contentKey(v, file, keys, func(input int, prefix string) (string, error) {
-			return s.digestOf(ctx, inputs[input].snapshots[v.inputs[input].output], prefix)
+			return j.digestOf(ctx, inputs[input].snapshots[v.inputs[input].output], prefix)
 		})
 		if err != nil {
 			return outputs{}, err
@@ -252,50 +269,54 @@ func (s *session) decide(ctx context.Context, v *vertex, key string, keys []stri
 			alias = content
 		}
 		if ok && !ignore {
-			out, hit, err := s.lookup(ctx, v, content)
+			out, hit, err := j.lookup(ctx, content)
 			if err != nil {
 				return outputs{}, err
 			}
 			if hit {
-				return out, s.storeAlias(ctx, v, key, content)
+				j.progress.cached(v)
+				return out, j.storeAlias(ctx, v, key, content)
 			}
 		}
 	}
-	return s.run(ctx, v, key, alias, inputs)
+	return j.run(ctx, v, key, alias, inputs)
 }
 
-func (s *session) digestOf(ctx context.Context, snap layout.SnapshotKey, prefix string) (string, error) {
+func (j *job) digestOf(ctx context.Context, snap layout.SnapshotKey, prefix string) (string, error) {
 	if snap == "" {
 		return treeDigest(nil, prefix), nil
 	}
-	layers, err := s.b.Snaps.Layers(ctx, snap)
+	layers, err := j.b.Snaps.Layers(ctx, snap)
 	if err != nil {
 		return "", err
 	}
 	return treeDigest(layers, prefix), nil
 }
 
-func (s *session) storeAlias(ctx context.Context, v *vertex, key, content string) error {
+func (j *job) storeAlias(ctx context.Context, v *vertex, key, content string) error {
 	now := time.Now().UTC()
-	return s.b.DB.Update(ctx, func(tx *metadata.Tx) error {
+	return j.b.DB.Update(ctx, func(tx *metadata.Tx) error {
 		return tx.PutCache(key, layout.CacheRecord{Alias: content, Created: now, LastUse: now, Description: v.name()})
 	})
 }
 
 // run carries an operation out.
-func (s *session) run(ctx context.Context, v *vertex, key, content string, inputs []outputs) (outputs, error) {
+func (j *job) run(ctx context.Context, v *vertex, key, content string, inputs []outputs) (outputs, error) {
 	select {
-	case s.b.slots <- struct{}{}:
-		defer func() { <-s.b.slots }()
+	case j.b.slots <- struct{}{}:
+		defer func() { <-j.b.slots }()
 	case <-ctx.Done():
 		return outputs{}, ctx.Err()
 	}
-	s.count(v, Started)
+	j.progress.begin(v)
 	snaps := make([]layout.SnapshotKey, len(inputs))
 	for i, in := range inputs {
+		if v.inputs[i].output >= len(in.snapshots) {
+			return outputs{}, fmt.Errorf("vertex %s has no output %d: %w", v.inputs[i].vertex, v.inputs[i].output, errdefs.ErrInvalidArgument)
+		}
 		snaps[i] = in.snapshots[v.inputs[i].output]
 	}
-	step := &step{s: s, v: v, key: key, content: content, inputs: snaps, began: time.Now()}
+	step := &step{j: j, v: v, key: key, content: content, inputs: snaps, began: time.Now()}
 	var out outputs
 	var err error
 	switch op := v.op.Op.(type) {
@@ -310,24 +331,10 @@ func (s *session) run(ctx context.Context, v *vertex, key, content string, input
 	default:
 		err = fmt.Errorf("an operation of type %T is not known here: %w", v.op.Op, errdefs.ErrNotImplemented)
 	}
-	if err != nil {
-		return outputs{}, err
+	if err == nil {
+		j.progress.end(v, nil)
 	}
-	s.event(Event{ID: string(v.digest), Name: v.name(), State: Completed})
-	return out, nil
-}
-
-// count counts a step and tells of it.
-func (s *session) count(v *vertex, state State) {
-	s.mu.Lock()
-	s.steps++
-	if state == Cached {
-		s.cached++
-	} else {
-		s.ran++
-	}
-	s.mu.Unlock()
-	s.event(Event{ID: string(v.digest), Name: v.name(), State: state})
+	return out, err
 }
 
 // stepError is a failure with the line it comes from.
@@ -336,24 +343,24 @@ type stepError struct {
 	err        error
 }
 
-func (e *stepError) Error() string {
-	if e.line == "" {
-		return fmt.Sprintf("%s: %v", e.name, e.err)
-	}
-	return fmt.Sprintf("%s: %s: %v", e.line, e.name, e.err)
-}
+func (e *stepError) Error() string { return e.err.Error() }
 
 func (e *stepError) Unwrap() error { return e.err }
 
-// fail says which step it was.
-func (s *session) fail(v *vertex, err error) error {
-	if err == nil || errors.Is(err, context.Canceled) {
-		return err
+// fail says which step it was, and where it is written, in the details that
+// BuildKit's clients show.
+func (j *job) fail(v *vertex, err error) error {
+	if err == nil {
+		return nil
 	}
+	j.progress.end(v, err)
 	var known *stepError
-	if errors.As(err, &known) {
+	if errors.As(err, &known) || errors.Is(err, context.Canceled) {
 		return err
 	}
-	s.event(Event{ID: string(v.digest), Name: v.name(), State: Failed, Text: err.Error()})
-	return &stepError{line: v.line, name: v.name(), err: err}
+	err = &stepError{line: v.line, name: v.name(), err: err}
+	for _, s := range v.sources {
+		err = bkerrdefs.WithSource(err, s)
+	}
+	return bkerrdefs.WrapVertex(err, v.digest)
 }

@@ -4,9 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
-	"time"
+	"sync"
 
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
@@ -18,12 +17,103 @@ import (
 
 // Schemes of source identifiers.
 const (
-	schemeImage = "docker-image://"
-	schemeLocal = "local://"
+	schemeImage     = "docker-image://"
+	schemeLocal     = "local://"
+	schemeGit       = "git://"
+	schemeHTTP      = "http://"
+	schemeHTTPS     = "https://"
+	schemeOCILayout = "oci-layout://"
 )
 
 func cutScheme(identifier, scheme string) (string, bool) {
 	return strings.CutPrefix(identifier, scheme)
+}
+
+// origin is where a source's files come from.
+type origin interface {
+	// identify returns the key of what the source is at the moment.
+	identify(ctx context.Context) (string, error)
+	// bring has the files in the store, and held by the build.
+	bring(ctx context.Context, key string) (outputs, error)
+}
+
+// source is one vertex's origin, with what came of it in this build.
+type source struct {
+	origin
+	mu  sync.Mutex
+	key string
+}
+
+// identity asks once, but for failures.
+func (s *source) identity(ctx context.Context) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.key != "" {
+		return s.key, nil
+	}
+	key, err := s.identify(ctx)
+	s.key = key
+	return key, err
+}
+
+// sourceOf returns the source of a vertex.
+func (j *job) sourceOf(v *vertex, op *pb.SourceOp) (*source, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if s := j.sources[v.digest]; s != nil {
+		return s, nil
+	}
+	o, err := j.originOf(v, op)
+	if err != nil {
+		return nil, err
+	}
+	s := &source{origin: o}
+	j.sources[v.digest] = s
+	return s, nil
+}
+
+func (j *job) originOf(v *vertex, op *pb.SourceOp) (origin, error) {
+	scheme, rest, ok := strings.Cut(op.Identifier, "://")
+	if !ok {
+		return nil, fmt.Errorf("source %q has no scheme: %w", op.Identifier, errdefs.ErrInvalidArgument)
+	}
+	switch scheme + "://" {
+	case schemeImage:
+		return &imageOrigin{j: j, v: v, ref: rest, attrs: op.Attrs}, nil
+	case schemeLocal:
+		return newLocalOrigin(j, v, rest, op.Attrs)
+	case schemeHTTP, schemeHTTPS:
+		return newHTTPOrigin(j, v, op)
+	}
+	return nil, fmt.Errorf("source %q: its scheme is not known here: %w", op.Identifier, errdefs.ErrNotImplemented)
+}
+
+// sourceKey is the identity of a source: the digest of an image, the digest of
+// the files that a build reads of its context.
+func (j *job) sourceKey(ctx context.Context, v *vertex, op *pb.SourceOp) (string, error) {
+	s, err := j.sourceOf(v, op)
+	if err != nil {
+		return "", err
+	}
+	return s.identity(ctx)
+}
+
+// source brings a source into the store.
+func (j *job) source(ctx context.Context, v *vertex, op *pb.SourceOp) (outputs, error) {
+	s, err := j.sourceOf(v, op)
+	if err != nil {
+		return outputs{}, err
+	}
+	j.progress.begin(v)
+	key, err := s.identity(ctx)
+	if err != nil {
+		return outputs{}, err
+	}
+	out, err := s.bring(ctx, key)
+	if err == nil {
+		j.progress.end(v, nil)
+	}
+	return out, err
 }
 
 // resolved is a base image as this build knows it.
@@ -33,106 +123,68 @@ type resolved struct {
 }
 
 // resolve asks once for each image and platform.
-func (s *session) resolve(ctx context.Context, ref string, platform ocispec.Platform) (digest.Digest, []byte, error) {
+func (j *job) resolve(ctx context.Context, ref string, platform ocispec.Platform, mode string) (digest.Digest, []byte, error) {
 	id := ref + " " + platform.OS + "/" + platform.Architecture + "/" + platform.Variant
-	s.mu.Lock()
-	known, ok := s.resolved[id]
-	s.mu.Unlock()
+	j.mu.Lock()
+	known, ok := j.resolved[id]
+	j.mu.Unlock()
 	if ok {
 		return known.digest, known.config, nil
 	}
-	d, config, err := s.req.Images.Resolve(ctx, ref, platform, s.req.Pull)
+	d, config, err := j.req.Images.Resolve(ctx, ref, platform, mode == pb.AttrImageResolveModeForcePull)
 	if err != nil {
 		return "", nil, err
 	}
-	s.mu.Lock()
-	s.resolved[id] = resolved{d, config}
-	s.mu.Unlock()
+	j.mu.Lock()
+	j.resolved[id] = resolved{d, config}
+	j.mu.Unlock()
 	return d, config, nil
 }
 
-func (s *session) platformOf(v *vertex) ocispec.Platform {
+func (j *job) platformOf(v *vertex) ocispec.Platform {
 	if p := v.op.Platform; p != nil {
-		return ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant}
+		return p.Spec()
 	}
-	return s.platform
+	return j.platform
 }
 
-// sourceKey is the identity of a source: the digest of an image, the digest of
-// the files that a build reads of its context.
-func (s *session) sourceKey(ctx context.Context, v *vertex, src *pb.SourceOp) (string, error) {
-	if ref, ok := cutScheme(src.Identifier, schemeImage); ok {
-		d, _, err := s.resolve(ctx, ref, s.platformOf(v))
-		k := newKeyHash("image")
-		k.add(d.String())
-		return k.sum(), err
-	}
-	if _, ok := cutScheme(src.Identifier, schemeLocal); ok {
-		t, err := s.local(ctx, v, src)
-		if err != nil {
-			return "", err
-		}
-		return t.key, nil
-	}
-	return "", fmt.Errorf("source %q: only images and the build context can be sources here: %w", src.Identifier, errdefs.ErrNotImplemented)
+// imageOrigin is an image of a registry or of the store.
+type imageOrigin struct {
+	j     *job
+	v     *vertex
+	ref   string
+	attrs map[string]string
 }
 
-// source brings a source into the store.
-func (s *session) source(ctx context.Context, v *vertex, src *pb.SourceOp) (outputs, error) {
-	key, err := s.sourceKey(ctx, v, src)
-	if err != nil {
-		return outputs{}, err
-	}
-	if ref, ok := cutScheme(src.Identifier, schemeImage); ok {
-		d, _, err := s.resolve(ctx, ref, s.platformOf(v))
-		if err != nil {
-			return outputs{}, err
-		}
-		return s.baseImage(ctx, v, ref, d, key)
-	}
-	return s.b.flights.do(ctx, key, func() (outputs, error) {
-		out, ok, err := s.peek(ctx, key)
-		if err == nil && ok {
-			if err = s.hold(ctx, out.snapshots); err == nil {
-				return out, nil
-			}
-		}
-		t, err := s.local(ctx, v, src)
-		if err != nil {
-			return outputs{}, err
-		}
-		step := &step{s: s, v: v, key: key, began: time.Now()}
-		return step.copyLocal(ctx, t)
-	})
+func (o *imageOrigin) identify(ctx context.Context) (string, error) {
+	d, _, err := o.j.resolve(ctx, o.ref, o.j.platformOf(o.v), o.attrs[pb.AttrImageResolveMode])
+	k := newKeyHash("image")
+	p := o.j.platformOf(o.v)
+	k.add(d.String(), p.OS, p.Architecture, p.Variant)
+	return k.sum(), err
 }
 
 // holdTries is how often a base image is brought that is removed before the build
 // holds it.
 const holdTries = 3
 
-// baseImage brings a base image into the store, and holds it. Somebody may remove
-// it, or a limit have it evicted, between the two: then it is brought once more.
-func (s *session) baseImage(ctx context.Context, v *vertex, ref string, d digest.Digest, key string) (outputs, error) {
+// bring: somebody may remove the image, or a limit have it evicted, between the
+// pull and the hold: then it is brought once more.
+func (o *imageOrigin) bring(ctx context.Context, key string) (outputs, error) {
+	platform := o.j.platformOf(o.v)
+	d, _, err := o.j.resolve(ctx, o.ref, platform, o.attrs[pb.AttrImageResolveMode])
+	if err != nil {
+		return outputs{}, err
+	}
 	for try := 1; ; try++ {
-		snap, err := s.req.Images.Snapshot(ctx, ref, d, s.platformOf(v))
+		snap, err := o.j.req.Images.Snapshot(ctx, o.ref, d, platform)
 		if err != nil {
 			return outputs{}, err
 		}
 		out := outputs{key: key, snapshots: []layout.SnapshotKey{snap}}
-		err = s.hold(ctx, out.snapshots)
+		err = o.j.hold(ctx, out.snapshots)
 		if try == holdTries || !errors.Is(err, errdefs.ErrNotFound) {
 			return out, err
 		}
 	}
-}
-
-// explain gives an error of the frontend a kind.
-func (s *session) explain(err error) error {
-	switch {
-	case errdefs.Has(err):
-		return fmt.Errorf("build: %w", err)
-	case errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("build: %w: %w", err, errdefs.ErrNotFound)
-	}
-	return fmt.Errorf("build: %w: %w", err, errdefs.ErrInvalidArgument)
 }

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/containerd/continuity/fs"
 	"golang.org/x/sys/unix"
 
 	"varve.dev/errdefs"
@@ -56,4 +57,27 @@ func mountAndRun(base string, trees []overlay.Tree, fn func([]string) error) err
 		err = errors.Join(err, unix.Unmount(d, unix.MNT_DETACH))
 	}
 	return err
+}
+
+// openMount mounts a tree where nobody else sees it, and opens a directory in
+// it. The mount ends when the root that it returns, and whatever was opened
+// through that, is closed.
+func openMount(scratch string, tree overlay.Tree, name string) (root *os.Root, err error) {
+	err = inMounts(scratch, []overlay.Tree{tree}, func(dirs []string) error {
+		p, err := fs.RootPath(dirs[0], name)
+		if err == nil {
+			root, err = os.OpenRoot(p)
+		}
+		return inContainer(err, dirs)
+	})
+	return root, err
+}
+
+// relative makes a path of the container one in a directory.
+func relative(name string) string {
+	rel := filepath.Clean("/" + name)[1:]
+	if rel == "" {
+		return "."
+	}
+	return rel
 }

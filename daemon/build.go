@@ -2,63 +2,64 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
+	"maps"
 	"strings"
+	"time"
 
 	"github.com/containerd/platforms"
+	"github.com/moby/buildkit/client"
+	"github.com/moby/buildkit/session/auth"
+	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
 
+	"varve.dev/api/buildkit"
 	"varve.dev/api/varve"
 	"varve.dev/builder"
-	"varve.dev/builder/contexttar"
 	"varve.dev/errdefs"
+	"varve.dev/gc"
 	"varve.dev/image"
+	"varve.dev/internal/version"
 	"varve.dev/layout"
 )
 
-// Build implements varve.Builder.
-func (e *Engine) Build(ctx context.Context, req varve.BuildRequest, files varve.BuildContext, progress func(varve.Event)) (varve.BuildResult, error) {
-	dir := files.Dir
-	if dir == "" {
-		scratch, err := os.MkdirTemp(e.scratch.dir, "context-")
-		if err != nil {
-			return varve.BuildResult{}, fmt.Errorf("build context: %w: %w", err, errdefs.ErrUnavailable)
-		}
-		defer os.RemoveAll(scratch)
-		if err := contexttar.Extract(ctx, files.Tar, scratch); err != nil {
-			return varve.BuildResult{}, err
-		}
-		dir = scratch
-	}
-	names, err := fullNames(req.Tags)
+// Solve implements buildkit.Backend.
+func (e *Engine) Solve(ctx context.Context, req builder.Request) (out builder.Response, err error) {
+	registry, err := e.registryOf(&req)
 	if err != nil {
-		return varve.BuildResult{}, err
+		return out, err
 	}
-	request := builder.Request{
-		Images: baseImages{e: e, registry: req.Registry}, Context: dir,
-		Dockerfile: req.Dockerfile, DockerfileBytes: req.DockerfileBytes, Target: req.Target,
-		BuildArgs: req.BuildArgs, Labels: req.Labels, Platform: req.Platform, Network: req.Network,
-		ExtraHosts: req.ExtraHosts, NoCache: req.NoCache, Pull: req.Pull, Names: names,
-		Progress: forwardSteps(progress),
-	}
-	var result builder.Result
-	err = e.healing(ctx, req.Registry, func() (err error) {
-		result, err = e.builder.Build(ctx, request)
+	req.Images = baseImages{e: e, registry: registry, client: req.Client}
+	err = e.healing(ctx, registry, func() (err error) {
+		out, err = e.builder.Build(ctx, req)
 		return err
 	})
-	if err != nil {
-		return varve.BuildResult{}, err
+	return out, err
+}
+
+// registryOf takes the frontend option out that says how to talk to registries:
+// it is for this builder alone.
+func (e *Engine) registryOf(req *builder.Request) (r varve.Registry, err error) {
+	r = e.options.Registry
+	text, ok := req.Attrs[varve.RegistryOption]
+	if !ok {
+		return r, nil
 	}
-	summary, err := e.summaryOfBuilt(ctx, result)
-	return varve.BuildResult{Image: summary, Steps: result.Steps, Cached: result.Cached, Ran: result.Ran}, err
+	req.Attrs = maps.Clone(req.Attrs)
+	delete(req.Attrs, varve.RegistryOption)
+	if err := json.Unmarshal([]byte(text), &r); err != nil {
+		return r, fmt.Errorf("option %s: %w: %w", varve.RegistryOption, err, errdefs.ErrInvalidArgument)
+	}
+	return r, nil
 }
 
 // summaryOfBuilt describes an image that was just made. It may have been removed
 // since, or evicted: what it was is no error.
-func (e *Engine) summaryOfBuilt(ctx context.Context, built builder.Result) (varve.ImageSummary, error) {
+func (e *Engine) summaryOfBuilt(ctx context.Context, built builder.Committed) (varve.ImageSummary, error) {
 	summary, err := e.summary(ctx, built.Config.Digest.String())
 	if errors.Is(err, errdefs.ErrNotFound) {
 		return varve.ImageSummary{Name: "<none>", ID: built.Config.Digest.String(), Digest: built.Manifest.Digest.String()}, nil
@@ -66,32 +67,52 @@ func (e *Engine) summaryOfBuilt(ctx context.Context, built builder.Result) (varv
 	return summary, err
 }
 
-func fullNames(tags []string) (names []string, err error) {
-	for _, t := range tags {
-		ref, err := image.ParseRef(t)
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, ref.String())
-	}
-	return names, nil
-}
-
-// forwardSteps turns the builder's progress into events.
-func forwardSteps(progress func(varve.Event)) func(builder.Event) {
-	if progress == nil {
-		return nil
-	}
-	return func(b builder.Event) {
-		progress(varve.Event{ID: b.ID, Name: b.Name, Phase: varve.Phase(b.State), Log: b.Log, Text: b.Text})
-	}
-}
-
 // baseImages are the images of the store, and of registries, as a build wants
 // them.
 type baseImages struct {
 	e        *Engine
 	registry varve.Registry
+	client   builder.Client // whose credentials are used; may be nil
+}
+
+// imagesFor are the images with the way to ref's registry that the build's client
+// has.
+func (b baseImages) imagesFor(ctx context.Context, ref image.Ref) *image.Store {
+	options := remoteOptions(b.registry, ref)
+	if b.client != nil && b.registry.Auth == nil {
+		options.Credentials = b.credentials(ctx)
+	}
+	return b.e.images.With(image.NewRemotes(options))
+}
+
+// credentials asks the build's client; one that has none to give is anonymous.
+func (b baseImages) credentials(build context.Context) image.Credentials {
+	return func(ctx context.Context, host string) (user, secret string, err error) {
+		caller, err := b.client.Caller(build, "")
+		if err != nil {
+			return "", "", nil
+		}
+		ctx, cancel := context.WithTimeout(build, auth.SessionAuthTimeout)
+		defer cancel()
+		c, err := auth.NewAuthClient(caller.Conn()).Credentials(caller.Context(ctx), &auth.CredentialsRequest{Host: host})
+		if grpcerrors.Code(err) == codes.Unimplemented {
+			return "", "", nil
+		}
+		if err != nil {
+			return "", "", fmt.Errorf("credentials for %s: %w: %w", host, err, errdefs.ErrUnavailable)
+		}
+		return c.Username, c.Secret, nil
+	}
+}
+
+// Push implements builder.Images.
+func (b baseImages) Push(ctx context.Context, name string, target ocispec.Descriptor, byDigest bool) error {
+	ref, err := image.ParseRef(name)
+	if err != nil {
+		return err
+	}
+	_, err = b.imagesFor(ctx, ref).Push(ctx, ref, image.PushOptions{ByDigest: byDigest})
+	return err
 }
 
 // Resolve implements builder.Images.
@@ -101,7 +122,7 @@ func (b baseImages) Resolve(ctx context.Context, name string, platform ocispec.P
 		return "", nil, err
 	}
 	match := platforms.Only(platform)
-	images := b.e.imagesFor(b.registry, ref)
+	images := b.imagesFor(ctx, ref)
 	if !fresh {
 		r, err := images.ResolveLocal(ctx, ref.String(), match)
 		if err == nil {
@@ -140,7 +161,7 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 	}
 	options := image.PullOptions{Platform: platforms.Only(platform)}
 	for try := 1; ; try++ {
-		pulled, err := b.e.imagesFor(b.registry, ref).Pull(ctx, ref, options)
+		pulled, err := b.imagesFor(ctx, ref).Pull(ctx, ref, options)
 		if err != nil {
 			return "", err
 		}
@@ -149,4 +170,81 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 			return d.Snapshot, err
 		}
 	}
+}
+
+// Worker implements buildkit.Backend.
+func (k *Keeper) Worker() buildkit.Worker {
+	return buildkit.Worker{
+		ID: "varve", Labels: k.options.BuildLabels, Platforms: []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())},
+		Version: client.BuildkitVersion{Package: "varve.dev", Version: version.BuildKit(), Revision: version.Version},
+	}
+}
+
+// Solve implements buildkit.Backend.
+func (k *Keeper) Solve(ctx context.Context, req builder.Request) (builder.Response, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (builder.Response, error) { return e.Solve(ctx, req) })
+}
+
+// CacheUsage implements buildkit.Backend.
+func (k *Keeper) CacheUsage(ctx context.Context) ([]client.UsageInfo, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) ([]client.UsageInfo, error) { return e.CacheUsage(ctx) })
+}
+
+// PruneCache implements buildkit.Backend.
+func (k *Keeper) PruneCache(ctx context.Context, req client.PruneInfo, gone func(client.UsageInfo)) error {
+	return do(ctx, k, func(ctx context.Context, e *Engine) error { return e.PruneCache(ctx, req, gone) })
+}
+
+// CacheUsage lists the results of the build cache and its mounts.
+func (e *Engine) CacheUsage(ctx context.Context) (out []client.UsageInfo, err error) {
+	results, err := e.collector.Results(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range results {
+		last := r.LastUse
+		out = append(out, client.UsageInfo{
+			ID: r.Key, InUse: r.InUse, Size: r.Size, CreatedAt: r.Created, LastUsedAt: &last, UsageCount: int(r.Uses),
+			Description: r.Description, RecordType: client.UsageRecordTypeRegular,
+		})
+	}
+	mounts, err := e.collector.Mounts(ctx)
+	for _, m := range mounts {
+		when := m.When
+		out = append(out, client.UsageInfo{
+			ID: m.ID, Mutable: true, Size: m.Bytes, CreatedAt: when, LastUsedAt: &when, Description: "cache mount " + m.Name,
+			RecordType: client.UsageRecordTypeCacheMount,
+		})
+	}
+	return out, err
+}
+
+// PruneCache removes from the build cache what is older than the request keeps,
+// down to the space that it reserves.
+func (e *Engine) PruneCache(ctx context.Context, req client.PruneInfo, gone func(client.UsageInfo)) error {
+	before, err := e.CacheUsage(ctx)
+	if err != nil {
+		return err
+	}
+	p := gc.CachePrune{Keep: max(req.ReservedSpace, req.MaxUsedSpace)}
+	if req.KeepDuration > 0 {
+		p.Before = time.Now().Add(-req.KeepDuration)
+	}
+	if _, err := e.collector.PruneCache(ctx, p); err != nil {
+		return err
+	}
+	after, err := e.CacheUsage(ctx)
+	if err != nil {
+		return err
+	}
+	left := map[string]bool{}
+	for _, u := range after {
+		left[u.ID] = true
+	}
+	for _, u := range before {
+		if !left[u.ID] {
+			gone(u)
+		}
+	}
+	return nil
 }

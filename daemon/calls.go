@@ -153,13 +153,6 @@ func (k *Keeper) History(ctx context.Context, name string) ([]varve.HistoryEntry
 	return call(ctx, k, func(ctx context.Context, e *Engine) ([]varve.HistoryEntry, error) { return e.History(ctx, name) })
 }
 
-// Build implements varve.Builder.
-func (k *Keeper) Build(ctx context.Context, req varve.BuildRequest, files varve.BuildContext, progress func(varve.Event)) (varve.BuildResult, error) {
-	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.BuildResult, error) {
-		return e.Build(ctx, req, files, progress)
-	})
-}
-
 // Create implements varve.Containers.
 func (k *Keeper) Create(ctx context.Context, req varve.CreateRequest, progress func(varve.Event)) (varve.Container, error) {
 	return call(ctx, k, func(ctx context.Context, e *Engine) (varve.Container, error) { return e.Create(ctx, req, progress) })

@@ -232,3 +232,14 @@ func isFile(path string) bool {
 	fi, err := os.Stat(path)
 	return err == nil && !fi.IsDir()
 }
+
+func fullNames(tags []string) (names []string, err error) {
+	for _, t := range tags {
+		ref, err := image.ParseRef(t)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, ref.String())
+	}
+	return names, nil
+}

@@ -41,6 +41,12 @@ type Options struct {
 	Limits gc.Limits
 	// Scrub is what a [Keeper] checks by itself.
 	Scrub Scrub
+	// Registry says how builds talk to registries, unless their clients do.
+	Registry varve.Registry
+	// Entitlements and BuildLabels are those of the builder: what a build may
+	// be granted, and what clients are told of it.
+	Entitlements []string
+	BuildLabels  map[string]string
 	// Opened is told of the store's parts when it is open. For tests that
 	// watch what a store does to its disk; may be nil.
 	Opened func(*durable.Root, *metadata.DB)
@@ -123,7 +129,7 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	}
 	e.builder = builder.New(builder.Config{
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch.dir,
-		Space: e.collector,
+		Space: e.collector, Entitlements: e.options.Entitlements,
 	})
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -23,10 +24,11 @@ type Place struct {
 	// Host is the socket of a daemon to use, "unix:///path"; empty: the
 	// daemon's usual one if it serves Root, otherwise embedded.
 	Host string
-	// Look and Limits: see Options. A store that somebody else has open keeps
+	// Look, Limits and Entitlements: see Options. A store that somebody else has open keeps
 	// to theirs.
-	Look   bool
-	Limits gc.Limits
+	Look         bool
+	Limits       gc.Limits
+	Entitlements []string
 }
 
 // DaemonSocket is the name of a daemon's socket under State.
@@ -45,6 +47,8 @@ type Joined struct {
 	varve.Backend
 	// Embedded tells that the store is open in this process.
 	Embedded bool
+	// Dial connects to whoever has the store open, for BuildKit's protocol.
+	Dial func(context.Context) (net.Conn, error)
 	// Notice is what whoever opened the store has to be told.
 	Notice []string
 	close  func(context.Context) error
@@ -105,7 +109,7 @@ func joinHost(ctx context.Context, host string) (*Joined, error) {
 	if _, err := c.Stay(ctx); err != nil {
 		return nil, fmt.Errorf("daemon at %s: %w: %s", host, errdefs.ErrUnavailable, err.Error())
 	}
-	return &Joined{Backend: c, close: func(context.Context) error { return c.Close() }}, nil
+	return &Joined{Backend: c, Dial: c.Dial, close: func(context.Context) error { return c.Close() }}, nil
 }
 
 // tryJoin uses the socket if somebody serves this root on it.
@@ -119,22 +123,29 @@ func tryJoin(ctx context.Context, socket, root string) *Joined {
 		c.Close()
 		return nil
 	}
-	return &Joined{Backend: c, close: func(context.Context) error { return c.Close() }}
+	return &Joined{Backend: c, Dial: c.Dial, close: func(context.Context) error { return c.Close() }}
 }
 
 // openEmbedded opens the store in this process and serves it.
 func openEmbedded(ctx context.Context, p Place) (*Joined, error) {
-	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true, Look: p.Look, Limits: p.Limits}, nil)
+	k, err := Keep(ctx, Options{Root: p.Root, State: p.State, Embedded: true, Look: p.Look, Limits: p.Limits, Entitlements: p.Entitlements}, nil)
 	if err != nil {
 		return nil, err
 	}
-	server, err := Listen(p.embeddedSocket(), Handler(k))
+	server, err := Listen(p.embeddedSocket(), k)
 	if err != nil {
 		return nil, errors.Join(err, k.Close(ctx))
 	}
-	return &Joined{Backend: k, Embedded: true, Notice: k.Rebuilt(), close: func(ctx context.Context) error {
+	return &Joined{Backend: k, Embedded: true, Dial: dialer(p.embeddedSocket()), Notice: k.Rebuilt(), close: func(ctx context.Context) error {
 		return errors.Join(server.Linger(ctx), server.Close(ctx), k.Close(ctx))
 	}}, nil
+}
+
+func dialer(socket string) func(context.Context) (net.Conn, error) {
+	return func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	}
 }
 
 // SocketPath returns the path of a "unix:///path" address.

@@ -11,6 +11,14 @@ import (
 	"sync"
 	"time"
 
+	"github.com/moby/buildkit/util/grpcerrors"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"varve.dev/api/buildkit"
 	"varve.dev/api/varve"
 	"varve.dev/errdefs"
 )
@@ -19,9 +27,11 @@ import (
 // everything, until there are roles.
 const socketPerm = 0o600
 
-// Server answers calls on a unix socket.
+// Server answers calls on a unix socket: varve's own over HTTP, and BuildKit's
+// over gRPC.
 type Server struct {
 	http     *http.Server
+	grpc     *grpc.Server
 	listener net.Listener
 	path     string
 	done     chan error
@@ -32,8 +42,8 @@ type Server struct {
 	last   bool          // no new guests are taken
 }
 
-// Handler answers all calls to the store that k keeps.
-func Handler(k *Keeper) http.Handler {
+// handler answers varve's own calls to the store that k keeps.
+func handler(k *Keeper) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(varve.Prefix, varve.Handler(k))
 	mux.Handle("GET "+MetricsPath, Metrics(k))
@@ -43,7 +53,7 @@ func Handler(k *Keeper) http.Handler {
 // Listen serves calls on a unix socket at path. A socket that is there and
 // that nobody answers is replaced; the caller owns the store, so nobody else
 // can be serving it. Errors: ErrUnavailable, naming the path.
-func Listen(path string, calls http.Handler) (*Server, error) {
+func Listen(path string, k *Keeper) (*Server, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
 	}
@@ -65,11 +75,43 @@ func Listen(path string, calls http.Handler) (*Server, error) {
 	s := &Server{listener: l, path: path, done: make(chan error, 1), idle: make(chan struct{})}
 	close(s.idle)
 	s.http = &http.Server{
-		Handler:           s.count(calls),
+		Handler:           s.count(handler(k)),
 		ReadHeaderTimeout: 10 * time.Second,
 	}
-	go func() { s.done <- s.http.Serve(l) }()
+	if s.grpc, err = s.builds(k); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	byProtocol := split(l)
+	go func() { s.done <- s.http.Serve(byProtocol.http1) }()
+	go func() { _ = s.grpc.Serve(byProtocol.http2) }()
 	return s, nil
+}
+
+// maxMessage bounds a gRPC message, in bytes: a file that a frontend reads.
+const maxMessage = 17 << 20
+
+// builds answers BuildKit's calls.
+func (s *Server) builds(k *Keeper) (*grpc.Server, error) {
+	calls, err := buildkit.New(k)
+	if err != nil {
+		return nil, err
+	}
+	closing := status.Error(codes.Unavailable, closingText)
+	unary := func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+		if !s.enter(false) {
+			return nil, closing
+		}
+		defer s.leave()
+		return grpcerrors.UnaryServerInterceptor(ctx, req, info, handle)
+	}
+	// A session is open for as long as its client wants; it is no call.
+	stream := func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+		return grpcerrors.StreamServerInterceptor(srv, ss, info, handle)
+	}
+	server := grpc.NewServer(grpc.UnaryInterceptor(unary), grpc.StreamInterceptor(stream), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
+	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
+	calls.Register(server)
+	return server, nil
 }
 
 // count keeps track of the calls under way. When the server is about to end, a
@@ -147,8 +189,9 @@ func (s *Server) Close(ctx context.Context) error {
 	case <-ctx.Done():
 		err = fmt.Errorf("calls were under way at shutdown: %w", ctx.Err())
 	}
+	s.grpc.Stop()
 	err = errors.Join(err, s.http.Close())
-	if serr := <-s.done; !errors.Is(serr, http.ErrServerClosed) {
+	if serr := <-s.done; !errors.Is(serr, http.ErrServerClosed) && !errors.Is(serr, net.ErrClosed) {
 		err = errors.Join(err, serr)
 	}
 	return err

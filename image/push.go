@@ -26,6 +26,8 @@ import (
 // PushOptions may be left zero.
 type PushOptions struct {
 	Parallel int // uploads at once; 0 means 3
+	// ByDigest leaves the repository's tags alone.
+	ByDigest bool
 	Progress Progress
 }
 
@@ -54,7 +56,11 @@ func (s *Store) Push(ctx context.Context, ref Ref, options PushOptions) (ocispec
 	// A new resolver for each push: the old one's tracker would remember as
 	// sent what the registry has lost meanwhile.
 	p.resolver = s.remotes.newResolver()
-	if err := p.tree(quiet(ctx), what, ref); err != nil {
+	at := ref
+	if options.ByDigest {
+		at = ref.WithDigest(what.Digest)
+	}
+	if err := p.tree(quiet(ctx), what, at); err != nil {
 		s.remotes.forget(ref.Domain(), err)
 		return ocispec.Descriptor{}, fmt.Errorf("push %s: %w", ref.Familiar(), err)
 	}

@@ -15,20 +15,27 @@ import (
 	"varve.dev/errdefs"
 )
 
+// ExportOptions may be left zero.
+type ExportOptions struct {
+	// Latest is the time that files get which are younger; nil leaves times
+	// as they are.
+	Latest *time.Time
+}
+
 // Export writes the layer whose tree m describes and dir holds as an OCI
 // layer: names in order, whiteouts in the stream's form, times to the
 // nanosecond and xattrs as PAX records. The bytes depend on the manifest and
 // the contents alone. The root directory is not listed.
 //
 // A file that is not as long as the manifest says is reported as Corrupt (L4).
-func Export(ctx context.Context, w io.Writer, m *Manifest, dir string) error {
+func Export(ctx context.Context, w io.Writer, m *Manifest, dir string, o ExportOptions) error {
 	tw := tar.NewWriter(w)
 	buf := make([]byte, copyBuffer)
 	for _, item := range inOrder(m) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := exportEntry(tw, item, dir, buf); err != nil {
+		if err := exportEntry(tw, item, dir, buf, o); err != nil {
 			return fmt.Errorf("export %q: %w", item.name, err)
 		}
 	}
@@ -59,15 +66,20 @@ func inOrder(m *Manifest) []named {
 	return all
 }
 
-func exportEntry(tw *tar.Writer, item named, dir string, buf []byte) error {
+func exportEntry(tw *tar.Writer, item named, dir string, buf []byte, o ExportOptions) error {
 	e := item.entry
+	if o.Latest != nil && e.MTime > o.Latest.UnixNano() {
+		older := *e
+		older.MTime = o.Latest.UnixNano()
+		e = &older
+	}
 	if e.IsWhiteout() {
 		return tw.WriteHeader(whiteoutHeader(item.name, whiteoutPrefix+path.Base(item.name), e))
 	}
 	if strings.HasPrefix(path.Base(item.name), whiteoutPrefix) {
 		return fmt.Errorf("an image cannot hold it: a name that begins with %s means a deletion there: %w", whiteoutPrefix, errdefs.ErrInvalidArgument)
 	}
-	hdr, err := headerOf(item)
+	hdr, err := headerOf(item.name, e)
 	if err != nil {
 		return err
 	}
@@ -91,30 +103,29 @@ func whiteoutHeader(name, base string, e *Entry) *tar.Header {
 	}
 }
 
-func headerOf(item named) (*tar.Header, error) {
-	e := item.entry
+func headerOf(name string, e *Entry) (*tar.Header, error) {
 	hdr := &tar.Header{
-		Name: item.name, Mode: int64(e.Mode & 0o7777), Uid: int(e.UID), Gid: int(e.GID),
+		Name: name, Mode: int64(e.Mode & 0o7777), Uid: int(e.UID), Gid: int(e.GID),
 		ModTime: time.Unix(0, e.MTime), Format: tar.FormatPAX,
 	}
-	if item.name != e.Names[0] {
+	if name != e.Names[0] {
 		hdr.Typeflag, hdr.Linkname = tar.TypeLink, e.Names[0]
 		return hdr, nil
 	}
-	for name, value := range e.Xattrs {
-		if name == opaqueXattr {
+	for attr, value := range e.Xattrs {
+		if attr == opaqueXattr {
 			continue
 		}
 		if hdr.PAXRecords == nil {
 			hdr.PAXRecords = map[string]string{}
 		}
-		hdr.PAXRecords[paxXattr+name] = value
+		hdr.PAXRecords[paxXattr+attr] = value
 	}
 	switch e.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		hdr.Typeflag, hdr.Size = tar.TypeReg, e.Size
 	case unix.S_IFDIR:
-		hdr.Typeflag, hdr.Name = tar.TypeDir, item.name+"/"
+		hdr.Typeflag, hdr.Name = tar.TypeDir, name+"/"
 	case unix.S_IFLNK:
 		hdr.Typeflag, hdr.Linkname = tar.TypeSymlink, e.Target
 	case unix.S_IFIFO:

@@ -177,7 +177,7 @@ func (w *work) write(ctx context.Context, id layout.LayerID, c layer.Compression
 	if err != nil {
 		return err
 	}
-	return errors.Join(layer.Export(ctx, z, files, w.Root.Path(t.tree())), z.Close())
+	return errors.Join(layer.Export(ctx, z, files, w.Root.Path(t.tree()), layer.ExportOptions{}), z.Close())
 }
 
 // fetchBlob brings a blob from one of its registries into the store, and

@@ -2,6 +2,7 @@ package runtime
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -114,28 +115,61 @@ type Executor struct {
 // kill and clean up.
 const killWait = 30 * time.Second
 
+// Streams are a step's standard streams. A nil In is an empty one; an *os.File
+// is handed over as it is.
+type Streams struct {
+	In       *os.File
+	Out, Err io.Writer
+}
+
+// The descriptors that a step's shim is given after the standard ones. Neither
+// the spec nor the exit is ever on a disk.
+const (
+	StepLifeline = 3 + iota // at its end the step is killed
+	StepSpec                // holds the spec
+	StepExit                // takes the exit
+)
+
 // Run runs a step and returns what became of it. When ctx ends the step is
 // killed with everything it started, and nothing of it is left when Run
 // returns. The step ends too if this process dies.
-func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer) (Exit, error) {
+func (x *Executor) Run(ctx context.Context, spec Spec, streams Streams) (Exit, error) {
 	dir, err := os.MkdirTemp(x.Dir, "step-")
 	if err != nil {
 		return Exit{}, fmt.Errorf("step: %w: %w", err, errdefs.ErrUnavailable)
 	}
 	defer os.RemoveAll(dir)
-	if err := spec.Save(dir); err != nil {
+	spec.Stdin = streams.In != nil
+	if err := spec.Validate(); err != nil {
 		return Exit{}, err
 	}
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return Exit{}, fmt.Errorf("step: %w: %w", err, errdefs.ErrInternal)
+	}
+	held, err := memoryFile("spec", data)
+	if err != nil {
+		return Exit{}, err
+	}
+	defer held.Close()
+	record, err := memoryFile("exit", nil)
+	if err != nil {
+		return Exit{}, err
+	}
+	defer record.Close()
 	lifeline, ours, err := os.Pipe()
 	if err != nil {
 		return Exit{}, fmt.Errorf("step: %w: %w", err, errdefs.ErrResourceExhausted)
 	}
 	defer ours.Close()
-	cmd := command(x.Shim, dir, "--lifeline")
-	cmd.ExtraFiles = []*os.File{lifeline}
-	last := &lastWords{to: stderr}
-	cmd.Stdout, cmd.Stderr = stdout, last
-	if same(stdout, stderr) {
+	cmd := command(x.Shim, dir, "--step")
+	cmd.ExtraFiles = []*os.File{lifeline, held, record}
+	last := &lastWords{to: streams.Err}
+	cmd.Stdout, cmd.Stderr = streams.Out, last
+	if streams.In != nil {
+		cmd.Stdin = streams.In
+	}
+	if same(streams.Out, streams.Err) {
 		cmd.Stdout = last // one stream stays one
 	}
 	cmd.SysProcAttr.Setsid = true // a terminal's signals are the build's, not the step's
@@ -156,11 +190,29 @@ func (x *Executor) Run(ctx context.Context, spec Spec, stdout, stderr io.Writer)
 	if err != nil {
 		return Exit{}, err
 	}
-	exit, err := ReadExit(dir)
-	if errors.Is(err, errdefs.ErrNotFound) {
-		err = fmt.Errorf("the shim ended with %d and could not record what became of the step: %s: %w", code, last.line(), errdefs.ErrUnavailable)
+	var exit Exit
+	if err := json.NewDecoder(io.NewSectionReader(record, 0, maxExit)).Decode(&exit); err != nil {
+		return exit, fmt.Errorf("the shim ended with %d and could not record what became of the step: %s: %w", code, last.line(), errdefs.ErrUnavailable)
 	}
-	return exit, err
+	return exit, nil
+}
+
+// maxExit bounds what a shim says of an exit, in bytes.
+const maxExit = 1 << 20
+
+// memoryFile returns a file that is in memory alone, to be read from its
+// beginning.
+func memoryFile(name string, data []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("varve-"+name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("step: %w: %w", err, errdefs.ErrResourceExhausted)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	if _, err := f.WriteAt(data, 0); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("step: %w: %w", err, errdefs.ErrResourceExhausted)
+	}
+	return f, nil
 }
 
 // lastWords hands a shim's standard error on and keeps its end: what the shim

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -41,17 +42,45 @@ type Spec struct {
 	Memory    int64 `json:"memory,omitempty"`   // bytes, swap included; 0: no limit
 	NanoCPUs  int64 `json:"nanoCPUs,omitempty"` // billionths of a processor; 0: no limit
 	PidsLimit int64 `json:"pidsLimit,omitempty"`
+
+	ShmSize      int64    `json:"shmSize,omitempty"`      // bytes of /dev/shm; 0: 64 MiB
+	Rlimits      []Rlimit `json:"rlimits,omitempty"`      // others are the shim's own
+	CgroupParent string   `json:"cgroupParent,omitempty"` // empty: /varve
+	// What a processor's time is shared by, and which of them may be used.
+	CPUShares  uint64 `json:"cpuShares,omitempty"`
+	CPUPeriod  uint64 `json:"cpuPeriod,omitempty"` // microseconds
+	CPUQuota   int64  `json:"cpuQuota,omitempty"`  // microseconds in a period
+	CPUSetCPUs string `json:"cpusetCPUs,omitempty"`
+	CPUSetMems string `json:"cpusetMems,omitempty"`
+	// MemorySwap limits memory and swap together; -1: swap without limit.
+	MemorySwap int64 `json:"memorySwap,omitempty"`
+}
+
+// Rlimit is a limit of the kernel for each process, as getrlimit(2) has it.
+type Rlimit struct {
+	Name string `json:"name"` // "nofile", without RLIMIT_
+	Soft uint64 `json:"soft"`
+	Hard uint64 `json:"hard"`
+}
+
+// Secret is a file that is in memory alone.
+type Secret struct {
+	Data []byte `json:"data"`
+	UID  int    `json:"uid"`
+	GID  int    `json:"gid"`
+	Mode uint32 `json:"mode"` // permissions
 }
 
 // Mount puts something into the container.
 type Mount struct {
-	Type string `json:"type"` // "bind", "tmpfs" or "overlay"
+	Type string `json:"type"` // "bind", "tmpfs", "overlay" or "secret"
 	// Source is the path to bind, on the host; of an overlay, the path in it.
 	Source   string        `json:"source,omitempty"`
 	Overlay  *overlay.Tree `json:"overlay,omitempty"`
 	Target   string        `json:"target"` // absolute in the container
 	ReadOnly bool          `json:"readOnly,omitempty"`
 	Options  []string      `json:"options,omitempty"`
+	Secret   *Secret       `json:"secret,omitempty"`
 }
 
 // Network is what a container sees of the network.
@@ -83,8 +112,8 @@ func (s *Spec) Validate() error {
 		return bad("has a negative limit")
 	}
 	for _, m := range s.Mounts {
-		if m.Type != "bind" && m.Type != "tmpfs" && (m.Type != "overlay" || m.Overlay == nil) {
-			return bad("mount type %q is not bind, tmpfs or overlay with its parts", m.Type)
+		if m.Type != "bind" && m.Type != "tmpfs" && (m.Type != "overlay" || m.Overlay == nil) && (m.Type != "secret" || m.Secret == nil) {
+			return bad("mount type %q is not bind, tmpfs, overlay or secret with its parts", m.Type)
 		}
 		if !filepath.IsAbs(m.Target) || filepath.Clean(m.Target) == "/" {
 			return bad("mount target %q is not an absolute path below the root", m.Target)
@@ -96,17 +125,23 @@ func (s *Spec) Validate() error {
 	return nil
 }
 
-// Encode returns the spec as it stands in the container's directory.
+// Encode returns the spec as it stands in the container's directory. Errors:
+// ErrInvalidArgument, also for one with secrets, which no disk is to have.
 func (s *Spec) Encode() ([]byte, error) {
 	if err := s.Validate(); err != nil {
 		return nil, err
+	}
+	for _, m := range s.Mounts {
+		if m.Secret != nil {
+			return nil, fmt.Errorf("container %s: a secret cannot be kept: %w", s.ID, errdefs.ErrInvalidArgument)
+		}
 	}
 	return encode(s.ID, s)
 }
 
 // Save writes the spec, durably, into the container's directory.
 func (s *Spec) Save(dir string) error {
-	if err := s.Validate(); err != nil {
+	if _, err := s.Encode(); err != nil {
 		return err
 	}
 	return save(dir, layout.ContainerConfig, s)
@@ -117,6 +152,15 @@ func Load(dir string) (*Spec, error) {
 	var s Spec
 	if err := load(dir, layout.ContainerConfig, &s); err != nil {
 		return nil, err
+	}
+	return &s, s.Validate()
+}
+
+// ReadSpec reads the spec of a step, which is in no directory.
+func ReadSpec(r io.Reader) (*Spec, error) {
+	var s Spec
+	if err := json.NewDecoder(r).Decode(&s); err != nil {
+		return nil, fmt.Errorf("step: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return &s, s.Validate()
 }

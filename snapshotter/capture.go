@@ -43,7 +43,7 @@ func (s *Snapshotter) Capture(ctx context.Context, holder layout.Node, name, fro
 	read := make(chan struct{})
 	go func() {
 		defer close(read)
-		in.CloseWithError(layer.Export(ctx, in, files, dir))
+		in.CloseWithError(layer.Export(ctx, in, files, dir, layer.ExportOptions{}))
 	}()
 	err = s.Fill(ctx, work, stream)
 	stream.CloseWithError(err)

@@ -11,7 +11,6 @@ import (
 // package errdefs, on both sides of a socket.
 type Backend interface {
 	Images
-	Builder
 	Containers
 	Space
 
@@ -43,12 +42,6 @@ type Images interface {
 	History(ctx context.Context, name string) ([]HistoryEntry, error)
 }
 
-// Builder builds images.
-type Builder interface {
-	// Build runs a Dockerfile over a build context. See [BuildContext].
-	Build(ctx context.Context, req BuildRequest, context BuildContext, progress func(Event)) (BuildResult, error)
-}
-
 // Containers makes and removes what a shim runs.
 type Containers interface {
 	Create(ctx context.Context, req CreateRequest, progress func(Event)) (Container, error)
@@ -57,13 +50,6 @@ type Containers interface {
 	Commit(ctx context.Context, req CommitRequest) (ImageSummary, error)
 	// RemoveContainer removes a container that is not running.
 	RemoveContainer(ctx context.Context, id string) error
-}
-
-// BuildContext is the files that a build may read: a directory of this host,
-// or a tar stream of one.
-type BuildContext struct {
-	Dir string
-	Tar io.Reader
 }
 
 // Event tells how far something has come. Events with one ID belong together;
@@ -106,6 +92,10 @@ type Registry struct {
 	HostsDir       string   `json:"hostsDir,omitempty"` // folder of <host>/hosts.toml
 	Auth           *Auth    `json:"auth,omitempty"`     // nil: the docker config file of whoever has the store open
 }
+
+// RegistryOption is the frontend option of a build that holds a [Registry] in
+// JSON, for want of a place in BuildKit's request. Frontends do not see it.
+const RegistryOption = "varve.registry"
 
 // Auth is a user's credentials for one registry.
 type Auth struct {
@@ -173,33 +163,6 @@ type HistoryEntry struct {
 	CreatedBy string    `json:"createdBy"`
 	Size      int64     `json:"size"` // bytes; 0 for a step without a layer
 	Comment   string    `json:"comment,omitempty"`
-}
-
-// BuildRequest asks for a build.
-type BuildRequest struct {
-	Dockerfile string `json:"dockerfile,omitempty"` // path in the context; empty: "Dockerfile"
-	// DockerfileBytes are a Dockerfile from outside the context.
-	DockerfileBytes []byte            `json:"dockerfileBytes,omitempty"`
-	Tags            []string          `json:"tags,omitempty"`
-	Target          string            `json:"target,omitempty"`
-	BuildArgs       map[string]string `json:"buildArgs,omitempty"`
-	Labels          map[string]string `json:"labels,omitempty"`
-	Platform        string            `json:"platform,omitempty"`
-	Network         string            `json:"network,omitempty"`
-	ExtraHosts      []string          `json:"extraHosts,omitempty"`
-	NoCache         bool              `json:"noCache,omitempty"`
-	Pull            bool              `json:"pull,omitempty"`
-	Registry
-}
-
-// BuildResult is the image that was built.
-type BuildResult struct {
-	Image ImageSummary `json:"image"`
-	// Steps, Cached and Ran count what had to be decided, what was known
-	// already, and what was carried out.
-	Steps  int `json:"steps"`
-	Cached int `json:"cached"`
-	Ran    int `json:"ran"`
 }
 
 // CreateRequest asks for a container.

@@ -42,17 +42,20 @@ var _ Backend = (*Client)(nil)
 func NewClient(socket string) *Client {
 	c := &Client{socket: socket}
 	c.http = &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			path := socket
-			if c.pinned != nil {
-				path = fmt.Sprintf("/proc/self/fd/%d", c.pinned.Fd())
-			}
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", path)
-		},
+		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return c.Dial(ctx) },
 		DisableCompression: true,
 	}}
 	return c
+}
+
+// Dial connects to the socket, for another protocol that it speaks.
+func (c *Client) Dial(ctx context.Context) (net.Conn, error) {
+	path := c.socket
+	if c.pinned != nil {
+		path = fmt.Sprintf("/proc/self/fd/%d", c.pinned.Fd())
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", path)
 }
 
 // Close ends the guest's stay and idle connections.
@@ -277,16 +280,6 @@ func (c *Client) Inspect(ctx context.Context, name string) (r json.RawMessage, e
 // History implements [Images].
 func (c *Client) History(ctx context.Context, name string) (r []HistoryEntry, err error) {
 	err = c.do(ctx, "history", name, nil, nil, nil, &r)
-	return r, err
-}
-
-// Build implements [Builder]. A directory is sent as a tar stream by the
-// caller: see [BuildContext].
-func (c *Client) Build(ctx context.Context, req BuildRequest, files BuildContext, progress func(Event)) (r BuildResult, err error) {
-	if files.Tar == nil {
-		return r, fmt.Errorf("a build behind a socket needs its context as a tar stream: %w", errdefs.ErrInvalidArgument)
-	}
-	err = c.do(ctx, "build", req, files.Tar, progress, nil, &r)
 	return r, err
 }
 

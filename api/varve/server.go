@@ -37,9 +37,6 @@ func Handler(b Backend) http.Handler {
 	handle(mux, "remove", func(c *call, req RemoveRequest) (any, error) { return b.Remove(c.ctx, req) })
 	handle(mux, "inspect", func(c *call, name string) (any, error) { return b.Inspect(c.ctx, name) })
 	handle(mux, "history", func(c *call, name string) (any, error) { return b.History(c.ctx, name) })
-	handle(mux, "build", func(c *call, req BuildRequest) (any, error) {
-		return b.Build(c.ctx, req, BuildContext{Tar: c.body}, c.event)
-	})
 	handle(mux, "create", func(c *call, req CreateRequest) (any, error) { return b.Create(c.ctx, req, c.event) })
 	handle(mux, "commit", func(c *call, req CommitRequest) (any, error) { return b.Commit(c.ctx, req) })
 	handle(mux, "remove-container", func(c *call, id string) (any, error) { return nil, b.RemoveContainer(c.ctx, id) })

@@ -3,11 +3,12 @@
 // container does not pay for the rest of varve; it is also the container's
 // init until that becomes the container's own program.
 //
-//	varve-runtime run [--lifeline] DIR
+//	varve-runtime run [--step] DIR
 //
-// DIR is the container's directory with its config.json. With --lifeline the
-// container is killed when descriptor 3 is closed at its other end. The exit
-// code is the container's.
+// DIR is the container's directory with its config.json, where its exit.json
+// goes. With --step it is an empty one, and the descriptors from 3 on are those
+// of [runtime.StepLifeline]: a lifeline at whose end the container is killed,
+// its config, and where its exit goes. The exit code is the container's.
 //
 // Start reading at run.go, then rootfs.go and spec.go.
 package main
@@ -40,16 +41,19 @@ func command(args []string) (int, error) {
 	if !seccomp.Enabled {
 		return runtime.CodeRuntime, errors.New("built without seccomp (build tag \"seccomp\"): refusing to run containers without it")
 	}
-	usage := errors.New("usage: varve-runtime run [--lifeline] DIR")
+	usage := errors.New("usage: varve-runtime run [--step] DIR")
 	if len(args) < 2 || args[0] != "run" {
 		return runtime.CodeRuntime, usage
 	}
-	lifeline := args[1] == "--lifeline"
-	if lifeline {
+	step := args[1] == "--step"
+	if step {
 		args = args[1:]
 	}
 	if len(args) != 2 {
 		return runtime.CodeRuntime, usage
 	}
-	return run(args[1], lifeline)
+	if step {
+		return runStep(args[1])
+	}
+	return run(args[1])
 }

@@ -53,6 +53,38 @@ func mountOverlays(dir string, spec *runtime.Spec) error {
 	return nil
 }
 
+// mountSecrets puts secrets into files in memory, which nobody but this
+// process's mount namespace has, and turns them into binds of those.
+func mountSecrets(dir string, spec *runtime.Spec) error {
+	at := filepath.Join(dir, "secrets")
+	made := false
+	for i := range spec.Mounts {
+		m := &spec.Mounts[i]
+		if m.Type != "secret" {
+			continue
+		}
+		if !made {
+			if err := os.Mkdir(at, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+				return err
+			}
+			if err := unix.Mount("tmpfs", at, "tmpfs", unix.MS_NODEV|unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0700"); err != nil {
+				return fmt.Errorf("mount secrets: %w", err)
+			}
+			made = true
+		}
+		file := filepath.Join(at, fmt.Sprint(i))
+		if err := os.WriteFile(file, m.Secret.Data, 0o600); err != nil {
+			return fmt.Errorf("secret at %s: %w", m.Target, err)
+		}
+		if err := errors.Join(os.Chown(file, m.Secret.UID, m.Secret.GID), os.Chmod(file, fs.FileMode(m.Secret.Mode))); err != nil {
+			return fmt.Errorf("secret at %s: %w", m.Target, err)
+		}
+		m.Type, m.Source, m.Secret = "bind", file, nil
+		m.Options = append(m.Options, "nodev", "nosuid", "noexec")
+	}
+	return nil
+}
+
 // ownNamespace makes sure that no mount made here is seen elsewhere. Whoever
 // starts the shim gives it a mount namespace; started by hand it refuses.
 func ownNamespace() error {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -23,12 +24,9 @@ import (
 // runs, in the container's directory.
 const stateDir = "libcontainer"
 
-// lifelineFD is the first descriptor after the standard ones.
-const lifelineFD = 3
-
 // run runs the container in dir and returns its exit code. Whatever happens,
 // exit.json says it.
-func run(dir string, lifeline bool) (int, error) {
+func run(dir string) (int, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return runtime.CodeRuntime, err
@@ -50,7 +48,7 @@ func run(dir string, lifeline bool) (int, error) {
 	if err := os.Chtimes(lock.Name(), exit.Started, exit.Started); err != nil {
 		return runtime.CodeRuntime, fmt.Errorf("container %s: %w", spec.ID, err)
 	}
-	code, err := runSpec(dir, spec, lifeline, &exit)
+	code, err := runSpec(dir, spec, false, &exit)
 	exit.Code = code
 	exit.Finished = time.Now().UTC()
 	if err != nil {
@@ -59,12 +57,35 @@ func run(dir string, lifeline bool) (int, error) {
 	return code, errors.Join(err, exit.Save(dir))
 }
 
+// runStep runs a build step, whose spec and exit are in memory.
+func runStep(dir string) (int, error) {
+	for _, fd := range []int{runtime.StepLifeline, runtime.StepSpec, runtime.StepExit} {
+		unix.CloseOnExec(fd)
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	spec, err := runtime.ReadSpec(os.NewFile(runtime.StepSpec, "spec"))
+	if err != nil {
+		return runtime.CodeRuntime, err
+	}
+	exit := runtime.Exit{Started: time.Now().UTC()}
+	code, err := runSpec(dir, spec, true, &exit)
+	exit.Code = code
+	exit.Finished = time.Now().UTC()
+	if err != nil {
+		exit.Error = err.Error()
+	}
+	return code, errors.Join(err, json.NewEncoder(os.NewFile(runtime.StepExit, "exit")).Encode(exit))
+}
+
 func runSpec(dir string, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) (int, error) {
 	rootfs, err := mountRootfs(dir, spec)
 	if err != nil {
 		return runtime.CodeRuntime, err
 	}
-	if err := mountOverlays(dir, spec); err != nil {
+	if err := errors.Join(mountOverlays(dir, spec), mountSecrets(dir, spec)); err != nil {
 		return runtime.CodeRuntime, err
 	}
 	// The mounts are this process's own and end with it.
@@ -110,7 +131,7 @@ func start(c *libcontainer.Container, p *libcontainer.Process, spec *runtime.Spe
 	defer tty.close()
 	if lifeline {
 		go func() {
-			_, _ = io.Copy(io.Discard, os.NewFile(lifelineFD, "lifeline"))
+			_, _ = io.Copy(io.Discard, os.NewFile(runtime.StepLifeline, "lifeline"))
 			_ = c.Signal(unix.SIGKILL)
 		}()
 	}

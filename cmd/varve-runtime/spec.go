@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"slices"
 	"strings"
 
@@ -173,10 +175,10 @@ func ociSpec(rootfs string, s *runtime.Spec, caps []string) *specs.Spec {
 		Version:  specs.Version,
 		Root:     &specs.Root{Path: rootfs, Readonly: s.ReadOnly || s.Rootfs.Upper == ""},
 		Hostname: s.Hostname,
-		Process:  &specs.Process{Args: s.Args, Cwd: cwd(s), Terminal: s.Terminal, Capabilities: sets},
+		Process:  &specs.Process{Args: s.Args, Cwd: cwd(s), Terminal: s.Terminal, Capabilities: sets, Rlimits: rlimits(s)},
 		Mounts:   mounts(s),
 		Linux: &specs.Linux{
-			CgroupsPath: "/varve/" + s.ID,
+			CgroupsPath: path.Join("/", cmp.Or(s.CgroupParent, "varve"), s.ID),
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace},
 			},
@@ -204,7 +206,7 @@ func mounts(s *runtime.Spec) []specs.Mount {
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", readOnly}},
 		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{readOnly, "nosuid", "noexec", "nodev"}},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
-		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=67108864"}},
+		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", fmt.Sprintf("size=%d", cmp.Or(s.ShmSize, defaultShm))}},
 	}
 	if s.Network == runtime.HostNetwork {
 		// A sysfs of its own would show another network than the one that
@@ -225,6 +227,18 @@ func mounts(s *runtime.Spec) []specs.Mount {
 	return all
 }
 
+// defaultShm is the size of /dev/shm, in bytes, as docker has it.
+const defaultShm = 64 << 20
+
+// rlimits are within what this process has itself, which it may not be able to
+// raise.
+func rlimits(s *runtime.Spec) (out []specs.POSIXRlimit) {
+	for _, l := range s.Rlimits {
+		out = append(out, specs.POSIXRlimit{Type: "RLIMIT_" + strings.ToUpper(l.Name), Soft: l.Soft, Hard: l.Hard})
+	}
+	return out
+}
+
 // cpuPeriod is the kernel's default scheduling period in microseconds.
 const cpuPeriod = 100_000
 
@@ -232,7 +246,7 @@ func resources(s *runtime.Spec) *specs.LinuxResources {
 	r := &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: s.Privileged, Access: "rwm"}}}
 	if s.Memory > 0 {
 		r.Memory = &specs.LinuxMemory{Limit: &s.Memory}
-		if swapAccounted() {
+		if s.MemorySwap == 0 && swapAccounted() {
 			r.Memory.Swap = &s.Memory
 		}
 	}
@@ -240,6 +254,27 @@ func resources(s *runtime.Spec) *specs.LinuxResources {
 		period := uint64(cpuPeriod)
 		quota := s.NanoCPUs * cpuPeriod / 1e9
 		r.CPU = &specs.LinuxCPU{Period: &period, Quota: &quota}
+	}
+	if s.MemorySwap != 0 && swapAccounted() {
+		if r.Memory == nil {
+			r.Memory = &specs.LinuxMemory{}
+		}
+		r.Memory.Swap = &s.MemorySwap
+	}
+	if s.CPUShares > 0 || s.CPUPeriod > 0 || s.CPUQuota != 0 || s.CPUSetCPUs != "" || s.CPUSetMems != "" {
+		if r.CPU == nil {
+			r.CPU = &specs.LinuxCPU{}
+		}
+		r.CPU.Cpus, r.CPU.Mems = s.CPUSetCPUs, s.CPUSetMems
+		if s.CPUShares > 0 {
+			r.CPU.Shares = &s.CPUShares
+		}
+		if s.CPUPeriod > 0 {
+			r.CPU.Period = &s.CPUPeriod
+		}
+		if s.CPUQuota != 0 {
+			r.CPU.Quota = &s.CPUQuota
+		}
 	}
 	if s.PidsLimit > 0 {
 		r.Pids = &specs.LinuxPids{Limit: &s.PidsLimit}

@@ -51,7 +51,7 @@ func newDaemon(g *globals) *cobra.Command {
 			for _, line := range k.Rebuilt() {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
 			}
-			server, err := daemon.Listen(socket, daemon.Handler(k))
+			server, err := daemon.Listen(socket, k)
 			if err != nil {
 				return errors.Join(err, k.Close(ctx))
 			}

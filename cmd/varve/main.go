@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 )
 
@@ -41,7 +42,11 @@ func untilStopped() context.Context {
 
 func main() {
 	ctx := untilStopped()
-	err := newRoot().ExecuteContext(ctx)
+	cmd := newRoot()
+	if filepath.Base(os.Args[0]) == buildkitdName {
+		cmd = newBuildkitd()
+	}
+	err := cmd.ExecuteContext(ctx)
 	var exit exitError
 	var by stopped
 	switch {

@@ -31,18 +31,64 @@ func MakeBusybox() (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	return busyboxWith("busybox", strings.Fields(string(list)))
+	return busyboxWith("busybox", strings.Fields(string(list)), nil)
 }
+
+// MakeAlike is a busybox with the users and groups of the image of that name,
+// and with the files by which programs know Alpine if alpine is set: for tests
+// that were written for those images and need no more of them.
+func MakeAlike(alpine bool) (Image, error) {
+	list, err := exec.Command(busyboxBinary, "--list").Output()
+	if err != nil {
+		return Image{}, err
+	}
+	name := "busybox-alike"
+	if alpine {
+		name = "alpine-alike"
+	}
+	return busyboxWith(name, strings.Fields(string(list)), func(b *LayerBuilder) {
+		b.File("bin/adduser", 0o755, []byte(adduser))
+		b.File("bin/addgroup", 0o755, []byte(addgroup))
+		if alpine {
+			b.Text("etc/alpine-release", "3.18.0\n")
+			b.Text("etc/os-release", "NAME=\"Alpine Linux\"\nID=alpine\nVERSION_ID=3.18.0\n")
+		}
+	})
+}
+
+// What Debian's busybox lacks of those images' one: enough for
+// "adduser -D [-u UID] [-G GROUP] NAME" and "addgroup [-g GID] NAME".
+const (
+	adduser = `#!/bin/sh
+set -e
+uid=1000 group=
+while getopts Du:G:h: o; do case $o in u) uid=$OPTARG ;; G) group=$OPTARG ;; esac; done
+shift $((OPTIND - 1))
+while cut -d: -f3 /etc/passwd | grep -qx "$uid"; do uid=$((uid + 1)); done
+[ -n "$group" ] || { group=$1; echo "$1:x:$uid:" >>/etc/group; }
+gid=$(grep "^$group:" /etc/group | cut -d: -f3)
+echo "$1:x:$uid:$gid::/home/$1:/bin/sh" >>/etc/passwd
+mkdir -p "/home/$1"
+chown "$uid:$gid" "/home/$1"
+`
+	addgroup = `#!/bin/sh
+set -e
+gid=1000
+while getopts g: o; do gid=$OPTARG; done
+shift $((OPTIND - 1))
+echo "$1:x:$gid:" >>/etc/group
+`
+)
 
 // FewApplets is [Busybox] with links for these applets only: an image that runs
 // and has few files.
 func FewApplets(t testing.TB, applets ...string) Image {
 	t.Helper()
-	img, err := busyboxWith("few-applets", applets)
+	img, err := busyboxWith("few-applets", applets, nil)
 	return must(t, img, err)
 }
 
-func busyboxWith(name string, applets []string) (Image, error) {
+func busyboxWith(name string, applets []string, more func(*LayerBuilder)) (Image, error) {
 	if err := need(busyboxBinary, "busybox-static"); err != nil {
 		return Image{}, err
 	}
@@ -52,7 +98,12 @@ func busyboxWith(name string, applets []string) (Image, error) {
 	}
 	sum := sha256.Sum256(binary)
 	return cached(name, append([]string{"1", hex.EncodeToString(sum[:])}, applets...), func(l *Layout) (Image, error) {
-		layer, err := l.AddLayer(Gzip, "ADD busybox /", func(b *LayerBuilder) { fillBusybox(b, binary, applets) })
+		layer, err := l.AddLayer(Gzip, "ADD busybox /", func(b *LayerBuilder) {
+			fillBusybox(b, binary, applets, more != nil)
+			if more != nil {
+				more(b)
+			}
+		})
 		if err != nil {
 			return Image{}, err
 		}
@@ -67,7 +118,7 @@ func busyboxWith(name string, applets []string) (Image, error) {
 	})
 }
 
-func fillBusybox(b *LayerBuilder, binary []byte, applets []string) {
+func fillBusybox(b *LayerBuilder, binary []byte, applets []string, alike bool) {
 	for _, dir := range []string{"bin", "dev", "etc", "home", "proc", "sys", "usr", "usr/bin", "usr/sbin", "var", "var/log"} {
 		b.Dir(dir, 0o755)
 	}
@@ -82,6 +133,12 @@ func fillBusybox(b *LayerBuilder, binary []byte, applets []string) {
 		}
 	}
 	b.Symlink("usr/bin/env", "../../bin/busybox")
+	if alike {
+		b.Text("etc/passwd", "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/bin/false\nbin:x:2:2:bin:/bin:/bin/false\n"+
+			"www-data:x:33:33:www-data:/var/www:/bin/false\nnobody:x:65534:65534:nobody:/home:/bin/false\n")
+		b.Text("etc/group", "root:x:0:\ndaemon:x:1:\nbin:x:2:\nadm:x:4:\nwheel:x:10:root\nwww-data:x:33:\nstaff:x:50:\nnobody:x:65534:\n")
+		return
+	}
 	b.Text("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nuser:x:1000:1000:user:/home/user:/bin/sh\n")
 	b.Text("etc/group", "root:x:0:\nnogroup:x:65534:\nuser:x:1000:\nextra:x:2000:user\n")
 	b.File("etc/shadow", 0o640, []byte("root:*:::::::\nuser:*:::::::\n"))
