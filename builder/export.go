@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
@@ -381,9 +382,17 @@ func (w *writer) write(ctx context.Context, l *exported, clamp *time.Time) error
 	l.fresh, l.diffID = in, diff.Digest()
 	l.desc = ocispec.Descriptor{MediaType: w.o.compression.Type.MediaType(), Digest: in.Digest().Digest(), Size: in.Size()}
 	if finish != nil {
-		l.desc.Annotations, err = finish(ctx, w.j.b.Blobs)
+		if l.desc.Annotations, err = finish(ctx, w.j.b.Blobs); err != nil {
+			return fmt.Errorf("layer %s: %w", l.id, err)
+		}
 	}
-	return err
+	if clamp != nil {
+		if l.desc.Annotations == nil {
+			l.desc.Annotations = map[string]string{}
+		}
+		l.desc.Annotations["buildkit/rewritten-timestamp"] = strconv.FormatInt(clamp.Unix(), 10)
+	}
+	return nil
 }
 
 // abandon throws away what was written, and returns err.

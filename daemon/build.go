@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/session/auth"
@@ -105,6 +106,17 @@ func (b baseImages) credentials(build context.Context) image.Credentials {
 	}
 }
 
+// ResolveIn implements builder.Images.
+func (b baseImages) ResolveIn(ctx context.Context, from builder.Foreign, d digest.Digest, platform ocispec.Platform) ([]byte, error) {
+	r, err := b.e.images.ResolveIn(ctx, image.Foreign(from), d, platforms.Only(platform))
+	return r.JSON, err
+}
+
+// SnapshotIn implements builder.Images.
+func (b baseImages) SnapshotIn(ctx context.Context, from builder.Foreign, d digest.Digest, platform ocispec.Platform) (layout.SnapshotKey, error) {
+	return b.e.images.PullFrom(ctx, image.Foreign(from), d, image.PullOptions{Platform: platforms.Only(platform)})
+}
+
 // Push implements builder.Images.
 func (b baseImages) Push(ctx context.Context, name string, target ocispec.Descriptor, byDigest bool) error {
 	ref, err := image.ParseRef(name)
@@ -150,8 +162,9 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 			candidates = append(candidates, tagged.String())
 		}
 	}
+	match := platforms.Only(platform)
 	for _, c := range candidates {
-		d, err := b.e.unpacked(ctx, c)
+		d, err := b.e.unpackedFor(ctx, c, match)
 		if err == nil && d.Target.Digest == resolved {
 			return d.Snapshot, b.e.images.Touch(ctx, c)
 		}
@@ -159,13 +172,13 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 			return "", err
 		}
 	}
-	options := image.PullOptions{Platform: platforms.Only(platform)}
+	options := image.PullOptions{Platform: match}
 	for try := 1; ; try++ {
 		pulled, err := b.imagesFor(ctx, ref).Pull(ctx, ref, options)
 		if err != nil {
 			return "", err
 		}
-		d, err := b.e.images.Inspect(ctx, pulled.Name)
+		d, err := b.e.images.InspectFor(ctx, pulled.Name, match)
 		if try == useTries || !errors.Is(err, errdefs.ErrNotFound) {
 			return d.Snapshot, err
 		}
@@ -247,4 +260,14 @@ func (e *Engine) PruneCache(ctx context.Context, req client.PruneInfo, gone func
 		}
 	}
 	return nil
+}
+
+// BlobInfo implements buildkit.Backend.
+func (k *Keeper) BlobInfo(ctx context.Context, d digest.Digest) (content.Info, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (content.Info, error) { return e.blobs.Info(ctx, d) })
+}
+
+// BlobReader implements buildkit.Backend.
+func (k *Keeper) BlobReader(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (content.ReaderAt, error) { return e.blobs.ReaderAt(ctx, desc) })
 }

@@ -61,20 +61,32 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 	if err != nil {
 		return Pulled{}, err
 	}
+	return s.pull(ctx, wanted{ref.String(), ref.Familiar(), ref.Repository(), target}, repo, options)
+}
+
+// wanted is an image that is to be brought.
+type wanted struct {
+	name     string // that it gets
+	familiar string // for people
+	origin   string // repository that its blobs can be had from again; "" for none
+	target   ocispec.Descriptor
+}
+
+func (s *Store) pull(ctx context.Context, w wanted, repo *Repository, options PullOptions) (Pulled, error) {
 	docs := newDocuments(s, repo)
-	p, err := pick(ctx, docs.read, target, options.Platform)
+	p, err := pick(ctx, docs.read, w.target, options.Platform)
 	if err != nil {
-		return Pulled{}, fmt.Errorf("pull %s: %w", ref.Familiar(), err)
+		return Pulled{}, fmt.Errorf("pull %s: %w", w.familiar, err)
 	}
-	done := Pulled{Name: ref.String(), Summary: Summary{Target: target, Names: []string{ref.String()}}}
+	done := Pulled{Name: w.name, Summary: Summary{Target: w.target, Names: []string{w.name}}}
 	done.fill(p)
-	if whole, err := s.isWhole(ctx, ref.String(), p); err != nil {
+	if whole, err := s.isWhole(ctx, w.name, p); err != nil {
 		return done, err
 	} else if whole {
-		return done, errors.Join(s.Touch(ctx, ref.String()), s.db.Settle(ctx))
+		return done, errors.Join(s.Touch(ctx, w.name), s.db.Settle(ctx))
 	}
 	done.Fresh = true
-	a, err := s.assemble(ctx, "pull "+ref.Familiar(), ref.Repository(), p.blobs())
+	a, err := s.assemble(ctx, "pull "+w.familiar, w.origin, p.blobs())
 	if err != nil {
 		return Pulled{}, err
 	}
@@ -82,7 +94,7 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 		return Pulled{}, a.abandon(err)
 	}
 	now := time.Now().UTC()
-	name := layout.ImageMake{Name: ref.String(), Record: layout.ImageRecord{Target: target, Created: now, Updated: now}}
+	name := layout.ImageMake{Name: w.name, Record: layout.ImageRecord{Target: w.target, Created: now, Updated: now}}
 	return done, a.publish(ctx, []layout.ImageMake{name}, p.edges(a.has))
 }
 
