@@ -68,16 +68,19 @@ type Images interface {
 	Snapshot(ctx context.Context, ref string, resolved digest.Digest, platform ocispec.Platform) (layout.SnapshotKey, error)
 	// ResolveIn and SnapshotIn are for an image of somebody else's store.
 	ResolveIn(ctx context.Context, from Foreign, d digest.Digest, platform ocispec.Platform) ([]byte, error)
-	SnapshotIn(ctx context.Context, from Foreign, d digest.Digest, platform ocispec.Platform) (layout.SnapshotKey, error)
-	// Push sends an image of the store, which has it under name, to its
-	// registry: under the name's tag, or only under its digest.
+	// The snapshot stays as long as holder does.
+	SnapshotIn(ctx context.Context, from Foreign, d digest.Digest, platform ocispec.Platform, holder layout.Node) (layout.SnapshotKey, error)
+	// Origin is the repository of ref as such a store, and what ref stands for.
+	Origin(ctx context.Context, ref string) (Foreign, ocispec.Descriptor, error)
+	// Push sends an image of the store to the registry of name: under the
+	// name's tag, or only under its digest.
 	Push(ctx context.Context, name string, target ocispec.Descriptor, byDigest bool) error
 }
 
 // Foreign is a store that the build's client has.
 type Foreign struct {
 	Name  string // for people
-	Store ctrcontent.Store
+	Store ctrcontent.InfoReaderProvider
 }
 
 // Builder builds images in one open store.
@@ -169,11 +172,18 @@ func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
 	if err != nil {
 		return Response{}, err
 	}
+	caches, err := j.cacheExports()
+	if err != nil {
+		return Response{}, err
+	}
 	res, err := j.result(ctx)
 	if err != nil {
 		return Response{}, explain(err)
 	}
 	out, err := j.finish(ctx, res, exporters)
+	if err == nil && res != nil {
+		err = j.exportCache(ctx, res, caches, out.Exported)
+	}
 	return out, explain(err)
 }
 

@@ -169,6 +169,11 @@ func (w *writer) manifest(ctx context.Context, b *built, p *exptypes.Platform, n
 	if err != nil {
 		return desc, config, err
 	}
+	if w.j.inline && b.refs[b.key(*p)] != nil {
+		if configJSON, err = w.withInlineCache(ctx, configJSON, b.refs[b.key(*p)], layers); err != nil {
+			return desc, config, err
+		}
+	}
 	config = w.addBytes(w.media(ocispec.MediaTypeImageConfig), configJSON)
 	m := ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: w.media(ocispec.MediaTypeImageManifest),
@@ -194,6 +199,22 @@ func (w *writer) manifest(ctx context.Context, b *built, p *exptypes.Platform, n
 		})
 	}
 	return desc, config, err
+}
+
+// withInlineCache adds the cache of an image to its config.
+func (w *writer) withInlineCache(ctx context.Context, config []byte, ref *reference, layers []*exported) ([]byte, error) {
+	data, err := w.inlineCache(ctx, ref, layers)
+	if err != nil {
+		return nil, err
+	}
+	fields := map[string]json.RawMessage{}
+	if err := json.Unmarshal(config, &fields); err != nil {
+		return nil, fmt.Errorf("config: %w: %w", err, errdefs.ErrInternal)
+	}
+	if fields[inlineKey], err = json.Marshal(data); err != nil {
+		return nil, fmt.Errorf("config: %w: %w", err, errdefs.ErrInternal)
+	}
+	return json.Marshal(fields)
 }
 
 func isOCI(mediaType string) bool { return !images.IsDockerType(mediaType) }

@@ -73,6 +73,9 @@ next:
 // Solve makes references to the results of a definition, or has another
 // frontend do so. They are worked out when somebody looks into them.
 func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
+	for _, c := range req.CacheImports {
+		g.j.importCaches([]CacheOption{{Type: c.Type, Attrs: c.Attrs}})
+	}
 	if req.Frontend != "" {
 		if req.Definition != nil && len(req.Definition.Def) > 0 {
 			return nil, fmt.Errorf("a request for frontend %s has a definition of its own: %w", req.Frontend, errdefs.ErrInvalidArgument)

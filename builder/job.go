@@ -41,6 +41,8 @@ type job struct {
 	cleanups []func()
 	views    []viewOf
 	did      map[string]bool
+	imports  []*cacheImport
+	inline   bool // images get their cache into their configs
 }
 
 // begin makes what one build needs; end gives it back.
@@ -56,6 +58,7 @@ func (b *Builder) begin(ctx context.Context, req Request) (*job, error) {
 		}
 		j.granted = append(j.granted, e)
 	}
+	j.importCaches(req.CacheFrom)
 	return j, j.lease.Make(ctx)
 }
 

@@ -52,7 +52,7 @@ func (o *layoutOrigin) bring(ctx context.Context, key string) (outputs, error) {
 		if err != nil {
 			return "", err
 		}
-		return o.j.req.Images.SnapshotIn(ctx, from, o.digest, o.platform)
+		return o.j.req.Images.SnapshotIn(ctx, from, o.digest, o.platform, o.j.lease.Node())
 	})
 }
 

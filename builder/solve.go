@@ -177,6 +177,11 @@ func (j *job) canonical(ctx context.Context, key string) (string, error) {
 		}
 		return ignoreNotFound(err)
 	})
+	if err == nil && out == key {
+		if _, rec, ok := j.imported(ctx, key); ok && rec.alias != "" {
+			out = rec.alias
+		}
+	}
 	return out, err
 }
 
@@ -190,7 +195,10 @@ func ignoreNotFound(err error) error {
 // lookup takes a stored result, and holds it.
 func (j *job) lookup(ctx context.Context, key string) (outputs, bool, error) {
 	out, ok, err := j.peek(ctx, key)
-	if err != nil || !ok {
+	if err == nil && !ok {
+		return j.fromImports(ctx, key)
+	}
+	if err != nil {
 		return outputs{}, false, err
 	}
 	err = j.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {

@@ -113,8 +113,8 @@ func (b baseImages) ResolveIn(ctx context.Context, from builder.Foreign, d diges
 }
 
 // SnapshotIn implements builder.Images.
-func (b baseImages) SnapshotIn(ctx context.Context, from builder.Foreign, d digest.Digest, platform ocispec.Platform) (layout.SnapshotKey, error) {
-	return b.e.images.PullFrom(ctx, image.Foreign(from), d, image.PullOptions{Platform: platforms.Only(platform)})
+func (b baseImages) SnapshotIn(ctx context.Context, from builder.Foreign, d digest.Digest, platform ocispec.Platform, holder layout.Node) (layout.SnapshotKey, error) {
+	return b.e.images.PullFrom(ctx, image.Foreign(from), d, holder, image.PullOptions{Platform: platforms.Only(platform)})
 }
 
 // Push implements builder.Images.
@@ -123,8 +123,18 @@ func (b baseImages) Push(ctx context.Context, name string, target ocispec.Descri
 	if err != nil {
 		return err
 	}
-	_, err = b.imagesFor(ctx, ref).Push(ctx, ref, image.PushOptions{ByDigest: byDigest})
+	_, err = b.imagesFor(ctx, ref).PushTarget(ctx, ref, target, image.PushOptions{ByDigest: byDigest})
 	return err
+}
+
+// Origin implements builder.Images.
+func (b baseImages) Origin(ctx context.Context, name string) (builder.Foreign, ocispec.Descriptor, error) {
+	ref, err := image.ParseRef(name)
+	if err != nil {
+		return builder.Foreign{}, ocispec.Descriptor{}, err
+	}
+	from, desc, err := b.imagesFor(ctx, ref).Origin(ctx, ref)
+	return builder.Foreign(from), desc, err
 }
 
 // Resolve implements builder.Images.

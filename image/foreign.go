@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 
@@ -20,7 +21,7 @@ import (
 // for example.
 type Foreign struct {
 	Name  string // for people
-	Store content.Store
+	Store content.InfoReaderProvider
 }
 
 // Describe returns the descriptor of a manifest or an index by its digest. Errors:
@@ -80,8 +81,9 @@ func (s *Store) ResolveIn(ctx context.Context, from Foreign, d digest.Digest, pl
 }
 
 // PullFrom brings an image of somebody else's store and unpacks it, as [Store.Pull]
-// does. It gets no name of its own, and is like one that lost all of its names.
-func (s *Store) PullFrom(ctx context.Context, from Foreign, d digest.Digest, options PullOptions) (layout.SnapshotKey, error) {
+// does. It gets no name: it stays as long as holder, or whatever else refers to
+// it, does.
+func (s *Store) PullFrom(ctx context.Context, from Foreign, d digest.Digest, holder layout.Node, options PullOptions) (layout.SnapshotKey, error) {
 	if options.Parallel <= 0 {
 		options.Parallel = defaultParallel
 	}
@@ -92,8 +94,7 @@ func (s *Store) PullFrom(ctx context.Context, from Foreign, d digest.Digest, opt
 	if err != nil {
 		return "", err
 	}
-	name := "<none>@" + d.String()
-	pulled, err := s.pull(ctx, wanted{name, from.Name + "@" + d.String(), "", target}, from.repository(), options)
+	pulled, err := s.pull(ctx, wanted{familiar: from.Name + "@" + d.String(), target: target, holder: holder}, from.repository(), options)
 	if err != nil {
 		return "", err
 	}
@@ -102,4 +103,62 @@ func (s *Store) PullFrom(ctx context.Context, from Foreign, d digest.Digest, opt
 		return "", err
 	}
 	return s.snapshotOf(ctx, p.manifest)
+}
+
+// Origin is the repository of ref as a store of somebody else's, and what ref
+// stands for there.
+func (s *Store) Origin(ctx context.Context, ref Ref) (Foreign, ocispec.Descriptor, error) {
+	target, err := s.target(ctx, ref)
+	if err != nil {
+		return Foreign{}, target, err
+	}
+	repo, err := s.remotes.Repository(ctx, ref)
+	return Foreign{Name: ref.Familiar(), Store: &repositoryStore{repo: repo}}, target, err
+}
+
+// repositoryStore reads a repository as a content store; it has nothing else of
+// one.
+type repositoryStore struct{ repo *Repository }
+
+func (s *repositoryStore) Info(_ context.Context, d digest.Digest) (content.Info, error) {
+	return content.Info{}, fmt.Errorf("a registry does not tell the size of %s alone: %w", d, errdefs.ErrNotImplemented)
+}
+
+func (s *repositoryStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	return &streamAt{ctx: ctx, repo: s.repo, desc: desc}, nil
+}
+
+// streamAt reads a blob of a repository from offsets that follow one another; from
+// another one it begins anew.
+type streamAt struct {
+	ctx  context.Context
+	repo *Repository
+	desc ocispec.Descriptor
+	at   int64
+	body io.ReadCloser
+}
+
+func (s *streamAt) Size() int64 { return s.desc.Size }
+
+func (s *streamAt) ReadAt(p []byte, off int64) (int, error) {
+	if s.body != nil && off != s.at {
+		s.body.Close()
+		s.body = nil
+	}
+	if s.body == nil {
+		s.body, s.at = s.repo.Open(s.ctx, s.desc, off), off
+	}
+	n, err := io.ReadFull(s.body, p)
+	s.at += int64(n)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (s *streamAt) Close() error {
+	if s.body == nil {
+		return nil
+	}
+	return s.body.Close()
 }

@@ -61,15 +61,16 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 	if err != nil {
 		return Pulled{}, err
 	}
-	return s.pull(ctx, wanted{ref.String(), ref.Familiar(), ref.Repository(), target}, repo, options)
+	return s.pull(ctx, wanted{name: ref.String(), familiar: ref.Familiar(), origin: ref.Repository(), target: target}, repo, options)
 }
 
 // wanted is an image that is to be brought.
 type wanted struct {
-	name     string // that it gets
+	name     string // that it gets; "" if it is held by holder alone
 	familiar string // for people
 	origin   string // repository that its blobs can be had from again; "" for none
 	target   ocispec.Descriptor
+	holder   layout.Node
 }
 
 func (s *Store) pull(ctx context.Context, w wanted, repo *Repository, options PullOptions) (Pulled, error) {
@@ -83,6 +84,9 @@ func (s *Store) pull(ctx context.Context, w wanted, repo *Repository, options Pu
 	if whole, err := s.isWhole(ctx, w.name, p); err != nil {
 		return done, err
 	} else if whole {
+		if w.name == "" {
+			return done, nil
+		}
 		return done, errors.Join(s.Touch(ctx, w.name), s.db.Settle(ctx))
 	}
 	done.Fresh = true
@@ -93,9 +97,14 @@ func (s *Store) pull(ctx context.Context, w wanted, repo *Repository, options Pu
 	if err := a.bring(ctx, p, docs, repo, options); err != nil {
 		return Pulled{}, a.abandon(err)
 	}
+	edges := p.edges(a.has)
+	if w.name == "" {
+		held := layout.Edge{Parent: w.holder, Rel: layout.RelHolds, Child: layout.BlobNode(layout.BlobDigest(w.target.Digest))}
+		return done, a.publish(ctx, nil, append(edges, held))
+	}
 	now := time.Now().UTC()
 	name := layout.ImageMake{Name: w.name, Record: layout.ImageRecord{Target: w.target, Created: now, Updated: now}}
-	return done, a.publish(ctx, []layout.ImageMake{name}, p.edges(a.has))
+	return done, a.publish(ctx, []layout.ImageMake{name}, edges)
 }
 
 func (a *assembly) bring(ctx context.Context, p *picked, docs *documents, repo *Repository, options PullOptions) error {
@@ -130,23 +139,26 @@ func (s *Store) target(ctx context.Context, ref Ref) (ocispec.Descriptor, error)
 	return s.remotes.Resolve(ctx, ref)
 }
 
-// isWhole tells whether name stands for p's target and nothing of it is
-// missing.
+// isWhole tells whether name stands for p's target, if there is to be one, and
+// nothing of it is missing.
 func (s *Store) isWhole(ctx context.Context, name string, p *picked) (bool, error) {
 	whole := false
 	err := s.db.View(ctx, func(tx *metadata.Tx) error {
-		rec, err := tx.Images().Get(name)
-		if errors.Is(err, errdefs.ErrNotFound) {
-			return nil
-		}
-		if err != nil || rec.Target.Digest != p.target().Digest {
-			return err
+		if name != "" {
+			rec, err := tx.Images().Get(name)
+			if errors.Is(err, errdefs.ErrNotFound) {
+				return nil
+			}
+			if err != nil || rec.Target.Digest != p.target().Digest {
+				return err
+			}
 		}
 		for _, d := range p.documents() {
 			if !tx.Blobs().Has(layout.BlobDigest(d.Digest)) {
 				return nil
 			}
 		}
+		var err error
 		whole, err = s.hasLayers(tx, p)
 		return err
 	})
