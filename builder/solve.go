@@ -97,6 +97,10 @@ func (j *job) vertexOnce(ctx context.Context, g *graph, v *vertex) (outputs, err
 	if err != nil {
 		return outputs{}, j.fail(v, err)
 	}
+	// What was worked out before may have known of no alias below.
+	j.mu.Lock()
+	j.keys[v.digest] = key
+	j.mu.Unlock()
 	out, err := j.b.flights.do(ctx, key, func() (outputs, error) {
 		return j.decide(ctx, v, key, keys, inputs, ignore)
 	})
