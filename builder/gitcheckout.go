@@ -141,7 +141,7 @@ func (r *gitRepo) lift(dir, tree, subdir string) error {
 		at = path.Join(at, part)
 		info, err := root.Lstat(at)
 		if err != nil {
-			return fmt.Errorf("source %s: subdirectory %s: %w: %w", r.o.redacted(), subdir, errdefs.ErrNotFound, err)
+			return fmt.Errorf("source %s: subdirectory %s: %w: %w", r.o.redacted(), subdir, err, errdefs.ErrNotFound)
 		}
 		if !info.IsDir() {
 			// A link would lead to what the identifier does not name.
