@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/continuity/fs"
@@ -181,7 +182,7 @@ func (f *fileStep) act(ctx context.Context, dirs []string, i int, a *pb.FileActi
 		if err != nil {
 			return err
 		}
-		return copyFiles(ctx, src, root, x.Copy, owner)
+		return f.missing(a.SecondaryInput, src, x.Copy, copyFiles(ctx, src, root, x.Copy, owner))
 	case *pb.FileAction_Mkdir:
 		return makeDir(root, x.Mkdir, owner)
 	case *pb.FileAction_Mkfile:
@@ -192,6 +193,21 @@ func (f *fileStep) act(ctx context.Context, dirs []string, i int, a *pb.FileActi
 		return remove(root, x.Rm)
 	}
 	return fmt.Errorf("file action %T is not known here: %w", a.Action, errdefs.ErrNotImplemented)
+}
+
+// missing says that the source of a copy is not there in the words that people,
+// and what reads their builds' output, know from BuildKit, which finds out when
+// it works out a cache key.
+func (f *fileStep) missing(input int64, src string, c *pb.FileActionCopy, err error) error {
+	if !errors.Is(err, os.ErrNotExist) || input >= int64(len(f.inputs)) {
+		return err
+	}
+	if p, rootErr := fs.RootPath(src, c.Src); rootErr == nil {
+		if _, statErr := os.Lstat(p); errors.Is(statErr, os.ErrNotExist) {
+			return fmt.Errorf("failed to compute cache key: failed to calculate checksum of ref %s: %q: %w", f.inputs[input], filepath.Join("/", c.Src), errdefs.ErrNotFound)
+		}
+	}
+	return err
 }
 
 // inContainer takes mount points out of an error's text and gives it a kind.

@@ -41,7 +41,7 @@ func (j *job) frontend(name string) (gwclient.BuildFunc, error) {
 
 // withheld are capabilities of LLB that this solver has not: the frontend then
 // does without.
-var withheld = []apicaps.CapID{pb.CapPassthroughOp}
+var withheld = []apicaps.CapID{pb.CapPassthroughOp, pb.CapSourceGitSignatureVerify, pb.CapSourceGitBundle, pb.CapSourceGitCheckoutBundle}
 
 // workerID names this builder to frontends, which know of several workers.
 const workerID = "varve"
@@ -151,6 +151,13 @@ func (g *gateway) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, op
 		return m, err
 	}
 	v.op = &pb.Op{Op: &pb.Op_Source{Source: op}}
+	if _, ok := cutScheme(op.Identifier, schemeGit); ok {
+		o, err := newGitOrigin(g.j, v, op)
+		if err == nil {
+			m.Git, err = o.metadata(ctx, opt.GitOpt)
+		}
+		return m, err
+	}
 	s, err := g.j.sourceOf(v, op)
 	if err != nil {
 		return nil, err

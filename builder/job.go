@@ -38,6 +38,7 @@ type job struct {
 	keys     map[digest.Digest]string // definition keys, as far as they were worked out
 	resolved map[string]resolved
 	sources  map[digest.Digest]*source
+	gitNames map[string]gitAt // what names in repositories stand for
 	cleanups []func()
 	views    []viewOf
 	did      map[string]bool
@@ -50,7 +51,7 @@ func (b *Builder) begin(ctx context.Context, req Request) (*job, error) {
 	j := &job{
 		b: b, req: req, platform: platforms.Normalize(platforms.DefaultSpec()), lease: b.DB.NewLease("build"),
 		progress: newProgress(req.Progress), solving: newFlights(),
-		memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{}, resolved: map[string]resolved{}, sources: map[digest.Digest]*source{}, did: map[string]bool{},
+		memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{}, resolved: map[string]resolved{}, sources: map[digest.Digest]*source{}, did: map[string]bool{}, gitNames: map[string]gitAt{},
 	}
 	for _, e := range req.Entitlements {
 		if !slices.Contains(b.Entitlements, e) {

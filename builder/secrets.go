@@ -92,33 +92,43 @@ func (e *execution) secretEnv(ctx context.Context, list []*pb.SecretEnv) error {
 // agent mounts a socket that reaches an ssh agent of the client.
 func (e *execution) agent(ctx context.Context, m *pb.Mount) error {
 	o := m.SSHOpt
-	caller, err := e.j.caller(ctx, "")
-	if err == nil {
-		err = sshforward.CheckSSHID(ctx, caller, o.GetID())
-	}
-	if err != nil {
-		none := errors.Is(err, errdefs.ErrNotFound) || grpcerrors.Code(err) == codes.Unimplemented
-		if o.GetOptional() {
-			return nil
-		}
-		if none {
-			return fmt.Errorf("no SSH key %q forwarded from the client: %w", o.GetID(), errdefs.ErrNotFound)
-		}
-		return err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	socket, closeSocket, err := sshforward.MountSSHSocket(ctx, caller, sshforward.SocketOpt{
+	socket, closeSocket, err := e.j.agentSocket(ctx, sshforward.SocketOpt{
 		ID: o.GetID(), UID: int(o.GetUid()), GID: int(o.GetGid()), Mode: int(o.GetMode() & 0o777),
 	})
 	if err != nil {
-		cancel()
+		if o.GetOptional() && !errors.Is(err, errdefs.ErrUnavailable) {
+			return nil
+		}
 		return err
 	}
-	e.unlock = append(e.unlock, func() {
+	e.unlock = append(e.unlock, closeSocket)
+	e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: socket, Target: m.Dest})
+	return nil
+}
+
+// agentSocket makes a socket that reaches an ssh agent of the client, until it
+// is closed. Errors: ErrNotFound if the client has no such agent; ErrUnavailable
+// if it has, and the socket can not be made.
+func (j *job) agentSocket(ctx context.Context, opt sshforward.SocketOpt) (socket string, end func(), err error) {
+	caller, err := j.caller(ctx, "")
+	if err == nil {
+		err = sshforward.CheckSSHID(ctx, caller, opt.ID)
+	}
+	if err != nil {
+		if errors.Is(err, errdefs.ErrNotFound) || grpcerrors.Code(err) == codes.Unimplemented {
+			err = fmt.Errorf("no SSH key %q forwarded from the client: %w", opt.ID, errdefs.ErrNotFound)
+		}
+		return "", nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	socket, closeSocket, err := sshforward.MountSSHSocket(ctx, caller, opt)
+	if err != nil {
+		cancel()
+		return "", nil, fmt.Errorf("socket for SSH key %q: %w: %w", opt.ID, err, errdefs.ErrUnavailable)
+	}
+	return socket, func() {
 		_ = closeSocket()
 		cancel()
 		_ = os.Remove(filepath.Dir(socket))
-	})
-	e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "bind", Source: socket, Target: m.Dest})
-	return nil
+	}, nil
 }

@@ -87,6 +87,8 @@ func (j *job) originOf(v *vertex, op *pb.SourceOp) (origin, error) {
 		return newLayoutOrigin(j, j.platformOf(v), rest, op.Attrs)
 	case schemeHTTP, schemeHTTPS:
 		return newHTTPOrigin(j, v, op)
+	case schemeGit:
+		return newGitOrigin(j, v, op)
 	}
 	return nil, fmt.Errorf("source %q: its scheme is not known here: %w", op.Identifier, errdefs.ErrNotImplemented)
 }
