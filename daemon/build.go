@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -203,9 +204,23 @@ func (k *Keeper) Worker() buildkit.Worker {
 	}
 }
 
-// Solve implements buildkit.Backend.
+// Solve implements buildkit.Backend. BuildKit's clients do not know of a store
+// that is opened again: a build that was cut off by it is carried out once more,
+// if it is all here.
 func (k *Keeper) Solve(ctx context.Context, req builder.Request) (builder.Response, error) {
-	return call(ctx, k, func(ctx context.Context, e *Engine) (builder.Response, error) { return e.Solve(ctx, req) })
+	solve := func(ctx context.Context, e *Engine) (builder.Response, error) { return e.Solve(ctx, req) }
+	out, err := call(ctx, k, solve)
+	if errors.Is(err, varve.ErrReopened) && ctx.Err() == nil && req.Run == nil && staysHere(req.Exports) {
+		k.notice(fmt.Sprintf("a build is carried out once more: %v", err))
+		return call(ctx, k, solve)
+	}
+	return out, err
+}
+
+// staysHere tells whether exports send their client nothing, which it may have
+// had in part.
+func staysHere(exports []builder.Export) bool {
+	return !slices.ContainsFunc(exports, func(e builder.Export) bool { return e.Type != client.ExporterImage })
 }
 
 // CacheUsage implements buildkit.Backend.
