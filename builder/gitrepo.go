@@ -132,7 +132,7 @@ func (r *gitRepo) fetch(ctx context.Context) error {
 	if r.ok(ctx, "show-ref", "--verify", "--quiet", gitHeld+id) || r.keep(ctx) {
 		return nil
 	}
-	told := r.o.j.progress.part(r.o.v, "fetching "+r.o.redacted())
+	told := r.o.j.progress.part(r.o.v, "fetching "+r.o.redacted(), "fetching")
 	defer told.done()
 	if !gitutil.IsCommitSHA(r.at.ref) && !r.o.byCommit {
 		_, err := r.run(ctx, "fetch remote", "fetch", "--depth=1", "--no-tags", gitRemote, "+"+r.at.ref+":"+gitIncoming)

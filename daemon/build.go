@@ -264,7 +264,7 @@ func (e *Engine) PruneCache(ctx context.Context, req client.PruneInfo, gone func
 	if err != nil {
 		return err
 	}
-	p := gc.CachePrune{Keep: max(req.ReservedSpace, req.MaxUsedSpace)}
+	p := gc.CachePrune{Keep: max(req.ReservedSpace, req.MaxUsedSpace), Held: req.All}
 	if req.KeepDuration > 0 {
 		p.Before = time.Now().Add(-req.KeepDuration)
 	}

@@ -214,7 +214,7 @@ func (e *Engine) usedImages(ctx context.Context) (map[string]bool, error) {
 }
 
 func (e *Engine) pruneCache(ctx context.Context, req varve.PruneRequest, out *varve.Pruned, tell func(string)) error {
-	n, err := e.collector.PruneCache(ctx, gc.CachePrune{Before: req.Until, Keep: req.Keep, Progress: func(int, int64) { tell("build cache") }})
+	n, err := e.collector.PruneCache(ctx, gc.CachePrune{Before: req.Until, Keep: req.Keep, Held: req.All, Progress: func(int, int64) { tell("build cache") }})
 	out.Results, out.Mounts = n.Records, n.Mounts
 	return err
 }
