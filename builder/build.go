@@ -34,6 +34,9 @@ type Config struct {
 	// Entitlements that a build may be granted, if its client grants them too:
 	// "network.host", "security.insecure", "device".
 	Entitlements []string
+	// ProvenanceEnv is told in the provenance of builds as facts of the builder,
+	// beside its platform.
+	ProvenanceEnv map[string]any
 }
 
 // Space keeps the build cache within its limits. Package gc has one.
@@ -73,6 +76,8 @@ type Builder struct {
 	flights flights
 	slots   chan struct{} // steps that run at once
 	mounts  mountLocks
+	// producers are results of builds that go on.
+	producers *producers
 }
 
 // parallelSteps is how many operations run at once, over all builds.
@@ -83,7 +88,7 @@ func New(c Config) *Builder {
 	if c.Space == nil {
 		c.Space = noLimits{}
 	}
-	return &Builder{Config: c, flights: newFlights(), slots: make(chan struct{}, parallelSteps), mounts: newMountLocks()}
+	return &Builder{Config: c, flights: newFlights(), slots: make(chan struct{}, parallelSteps), mounts: newMountLocks(), producers: newProducers()}
 }
 
 // Request asks for a build: of a definition, by one of the builder's frontends,
@@ -156,8 +161,15 @@ func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
 	if err != nil {
 		return Response{}, err
 	}
+	wishes, err := wishesOf(j.req.Attrs)
+	if err != nil {
+		return Response{}, err
+	}
 	res, err := j.result(ctx)
 	if err != nil {
+		return Response{}, explain(err)
+	}
+	if err := j.attach(ctx, wishes, res); err != nil {
 		return Response{}, explain(err)
 	}
 	out, err := j.finish(ctx, res, exporters)
@@ -167,7 +179,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
 // result runs the frontend, or takes the definition as it is, and solves what
 // it comes to.
 func (j *job) result(ctx context.Context) (*gwclient.Result, error) {
-	g := &gateway{j: j, opts: j.req.Attrs, inputs: j.req.Inputs}
+	g := &gateway{j: j, opts: j.req.Attrs, inputs: j.req.Inputs, trace: j.newTrace()}
 	run := j.req.Run
 	if run == nil {
 		run = func(ctx context.Context, c gwclient.Client) (*gwclient.Result, error) {

@@ -24,6 +24,7 @@ type gateway struct {
 	j      *job
 	opts   map[string]string
 	inputs map[string]*pb.Definition
+	trace  *trace
 }
 
 var _ gwclient.Client = (*gateway)(nil)
@@ -81,7 +82,11 @@ func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclie
 		if err != nil {
 			return nil, err
 		}
-		res, err := run(ctx, &gateway{j: g.j, opts: orEmpty(req.FrontendOpt), inputs: req.FrontendInputs})
+		below := g.trace.call(req.Frontend, req.FrontendOpt, req.FrontendInputs)
+		res, err := run(ctx, &gateway{j: g.j, opts: orEmpty(req.FrontendOpt), inputs: req.FrontendInputs, trace: below})
+		if err == nil {
+			g.trace.came(below, res)
+		}
 		if err == nil && req.Evaluate {
 			err = g.j.evaluate(ctx, res)
 		}
@@ -95,7 +100,7 @@ func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclie
 	if err != nil {
 		return nil, err
 	}
-	ref := &reference{j: g.j, graph: graph, def: req.Definition}
+	ref := g.trace.made(&reference{j: g.j, graph: graph, def: req.Definition})
 	if req.Evaluate {
 		if err := ref.Evaluate(ctx); err != nil {
 			return nil, err
@@ -130,6 +135,7 @@ func (g *gateway) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, op
 	v := g.j.progress.own(name)
 	g.j.progress.begin(v)
 	defer func() { g.j.progress.end(v, err) }()
+	defer func() { g.trace.lookedUp(m, opt, err) }()
 	m = &sourceresolver.MetaResponse{Op: op}
 	if ref, ok := cutScheme(op.Identifier, schemeImage); ok {
 		platform, mode := g.j.platform, op.Attrs[pb.AttrImageResolveMode]
