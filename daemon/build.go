@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/client"
+	dockerfileversion "github.com/moby/buildkit/frontend/dockerfile/version"
 	"github.com/moby/buildkit/session/auth"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/opencontainers/go-digest"
@@ -176,7 +177,7 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 func (k *Keeper) Worker() buildkit.Worker {
 	return buildkit.Worker{
 		ID: "varve", Labels: k.options.BuildLabels, Platforms: []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())},
-		Version: client.BuildkitVersion{Package: "varve.dev", Version: version.BuildKit(), Revision: version.Version},
+		Version: client.BuildkitVersion{Package: "varve.dev", Version: version.BuildKit(), Revision: version.Version, DockerfileVersion: dockerfileversion.Version()},
 	}
 }
 
