@@ -57,7 +57,7 @@ func (w *writer) attest(ctx context.Context, b *built, p *exptypes.Platform, tar
 		}
 		subjects = append(subjects, intoto.Subject{Name: u, Digest: solverresult.ToDigestMap(target.Digest)})
 	}
-	list, statements, err := w.j.statements(ctx, list, subjects)
+	list, statements, err := w.j.statements(withWritten(ctx, w.layers), list, subjects)
 	if err != nil {
 		return target, err
 	}

@@ -35,6 +35,9 @@ type Config struct {
 	// Entitlements that a build may be granted, if its client grants them too:
 	// "network.host", "security.insecure", "device".
 	Entitlements []string
+	// ProvenanceEnv is told in the provenance of builds as facts of the builder,
+	// beside its platform.
+	ProvenanceEnv map[string]any
 }
 
 // Space keeps the build cache within its limits. Package gc has one.
@@ -89,6 +92,8 @@ type Builder struct {
 	flights flights
 	slots   chan struct{} // steps that run at once
 	mounts  mountLocks
+	// producers are results of builds that go on.
+	producers *producers
 }
 
 // parallelSteps is how many operations run at once, over all builds.
@@ -99,7 +104,7 @@ func New(c Config) *Builder {
 	if c.Space == nil {
 		c.Space = noLimits{}
 	}
-	return &Builder{Config: c, flights: newFlights(), slots: make(chan struct{}, parallelSteps), mounts: newMountLocks()}
+	return &Builder{Config: c, flights: newFlights(), slots: make(chan struct{}, parallelSteps), mounts: newMountLocks(), producers: newProducers()}
 }
 
 // Request asks for a build: of a definition, by one of the builder's frontends,
@@ -124,6 +129,8 @@ type Request struct {
 	// credentials, and for where results go. Nil if there is nobody.
 	Client Client
 	Images Images
+	// Record has the response tell how the result came to be.
+	Record bool
 	// Progress is called from one goroutine at a time; it must not block for
 	// long. Nil if nobody listens.
 	Progress func(*client.SolveStatus)
@@ -155,6 +162,15 @@ type CacheOption struct {
 // Response is what came of a build.
 type Response struct {
 	Exported map[string]string // exporters' answers, by BuildKit's keys
+	// Provenance is that of each platform's result, or of the one under "", if
+	// the request asks for a record.
+	Provenance map[string]Provenance
+}
+
+// Provenance says how a result came to be.
+type Provenance struct {
+	PredicateType string
+	Predicate     []byte // JSON
 }
 
 // Build carries out a build and exports its result. After an error no name
@@ -176,13 +192,23 @@ func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
 	if err != nil {
 		return Response{}, err
 	}
+	wishes, err := wishesOf(j.req.Attrs)
+	if err != nil {
+		return Response{}, err
+	}
 	res, err := j.result(ctx)
 	if err != nil {
+		return Response{}, explain(err)
+	}
+	if err := j.attach(ctx, wishes, res); err != nil {
 		return Response{}, explain(err)
 	}
 	out, err := j.finish(ctx, res, exporters)
 	if err == nil && res != nil {
 		err = j.exportCache(ctx, res, caches, out.Exported)
+	}
+	if err == nil && res != nil && req.Record {
+		out.Provenance, err = j.recorded(ctx, res)
 	}
 	return out, explain(err)
 }
@@ -190,7 +216,7 @@ func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
 // result runs the frontend, or takes the definition as it is, and solves what
 // it comes to.
 func (j *job) result(ctx context.Context) (*gwclient.Result, error) {
-	g := &gateway{j: j, opts: j.req.Attrs, inputs: j.req.Inputs}
+	g := &gateway{j: j, opts: j.req.Attrs, inputs: j.req.Inputs, trace: j.newTrace()}
 	run := j.req.Run
 	if run == nil {
 		run = func(ctx context.Context, c gwclient.Client) (*gwclient.Result, error) {

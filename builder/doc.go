@@ -18,6 +18,10 @@
 // A cancelled build kills its running steps with everything they started; what
 // they had written goes with the lease that held it.
 //
+// Who asked for a reference and what it is made from is told from traces and
+// from the graphs when the build is over, and becomes provenance; see trace.go
+// and provenance.go.
+//
 // Crash story: a result is recorded in the publication of its layer or not at
 // all; see package journal.
 //

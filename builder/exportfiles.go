@@ -113,7 +113,7 @@ func (x *filesExporter) export(ctx context.Context, v *vertex, b *built) (_ map[
 		case all == nil:
 			all = files
 		default:
-			all = staticfs.NewMergeFS(all, files)
+			all = staticfs.NewMergeFS(all, upperFS{files})
 		}
 		if !split && b.perKey {
 			if err := notTwice(ctx, files, p.ID, seen); err != nil {
@@ -142,6 +142,18 @@ func (x *filesExporter) export(ctx context.Context, v *vertex, b *built) (_ map[
 		options = append(options, filesync.WithExporterMultiPlatformTransfer())
 	}
 	return nil, filesync.CopyToCaller(ctx, all, x.id, caller, func(n int, _ bool) { told.at(int64(n), 0) }, options...)
+}
+
+// upperFS is a file system whose errors a merge knows: it asks the lower one
+// only for what is not there, and does not see that through a stack.
+type upperFS struct{ fsutil.FS }
+
+func (u upperFS) Open(p string) (io.ReadCloser, error) {
+	f, err := u.FS.Open(p)
+	if errors.Is(err, os.ErrNotExist) {
+		err = &os.PathError{Op: "open", Path: p, Err: os.ErrNotExist}
+	}
+	return f, err
 }
 
 // platformDir is a platform's name as a directory.

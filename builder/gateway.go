@@ -24,6 +24,7 @@ type gateway struct {
 	j      *job
 	opts   map[string]string
 	inputs map[string]*pb.Definition
+	trace  *trace
 }
 
 var _ gwclient.Client = (*gateway)(nil)
@@ -84,7 +85,11 @@ func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclie
 		if err != nil {
 			return nil, err
 		}
-		res, err := run(ctx, &gateway{j: g.j, opts: orEmpty(req.FrontendOpt), inputs: req.FrontendInputs})
+		below := g.trace.call(req.Frontend, req.FrontendOpt, req.FrontendInputs)
+		res, err := run(ctx, &gateway{j: g.j, opts: orEmpty(req.FrontendOpt), inputs: req.FrontendInputs, trace: below})
+		if err == nil {
+			g.trace.came(below, res)
+		}
 		if err == nil && req.Evaluate {
 			err = g.j.evaluate(ctx, res)
 		}
@@ -101,7 +106,7 @@ func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclie
 	if err := g.j.applyPolicy(ctx, graph, req.SourcePolicies); err != nil {
 		return nil, err
 	}
-	ref := &reference{j: g.j, graph: graph, def: req.Definition}
+	ref := g.trace.made(&reference{j: g.j, graph: graph, def: req.Definition})
 	if req.Evaluate {
 		if err := ref.Evaluate(ctx); err != nil {
 			return nil, err
@@ -135,6 +140,7 @@ func (g *gateway) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, op
 	if op, err = g.j.allowed(ctx, op, opt.SourcePolicies); err != nil {
 		return nil, err
 	}
+	defer func() { g.trace.lookedUp(m, opt, err) }()
 	m = &sourceresolver.MetaResponse{Op: op}
 	if ref, ok := cutScheme(op.Identifier, schemeImage); ok {
 		platform, mode := g.j.platform, op.Attrs[pb.AttrImageResolveMode]

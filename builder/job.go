@@ -33,6 +33,8 @@ type job struct {
 	solving  flights // of vertices
 	granted  []string
 
+	invocation *invocation // for provenance
+
 	mu       sync.Mutex // guards the rest
 	memo     map[digest.Digest]result
 	keys     map[digest.Digest]string // definition keys, as far as they were worked out
@@ -48,10 +50,12 @@ type job struct {
 
 // begin makes what one build needs; end gives it back.
 func (b *Builder) begin(ctx context.Context, req Request) (*job, error) {
+	req = asWritten(req)
 	j := &job{
 		b: b, req: req, platform: platforms.Normalize(platforms.DefaultSpec()), lease: b.DB.NewLease("build"),
 		progress: newProgress(req.Progress), solving: newFlights(),
 		memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{}, resolved: map[string]resolved{}, sources: map[digest.Digest]*source{}, did: map[string]bool{}, gitNames: map[string]gitAt{},
+		invocation: newInvocation(),
 	}
 	for _, e := range req.Entitlements {
 		if !slices.Contains(b.Entitlements, e) {
@@ -80,6 +84,7 @@ func (j *job) atEnd(fn func()) {
 }
 
 func (j *job) end() {
+	j.b.producers.drop(j)
 	for _, fn := range j.cleanups {
 		fn()
 	}

@@ -19,6 +19,7 @@ type reference struct {
 	j     *job
 	graph *graph
 	def   *pb.Definition
+	trace *trace // of the frontend that asked for it
 }
 
 var _ gwclient.Reference = (*reference)(nil)

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/client"
+	dockerfileversion "github.com/moby/buildkit/frontend/dockerfile/version"
 	"github.com/moby/buildkit/session/auth"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/opencontainers/go-digest"
@@ -200,7 +201,7 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 func (k *Keeper) Worker() buildkit.Worker {
 	return buildkit.Worker{
 		ID: "varve", Labels: k.options.BuildLabels, Platforms: []ocispec.Platform{platforms.Normalize(platforms.DefaultSpec())},
-		Version: client.BuildkitVersion{Package: "varve.dev", Version: version.BuildKit(), Revision: version.Version},
+		Version: client.BuildkitVersion{Package: "varve.dev", Version: version.BuildKit(), Revision: version.Version, DockerfileVersion: dockerfileversion.Version()},
 	}
 }
 

@@ -47,6 +47,8 @@ type Options struct {
 	// be granted, and what clients are told of it.
 	Entitlements []string
 	BuildLabels  map[string]string
+	// ProvenanceEnv is told in the provenance of builds.
+	ProvenanceEnv map[string]any
 	// Opened is told of the store's parts when it is open. For tests that
 	// watch what a store does to its disk; may be nil.
 	Opened func(*durable.Root, *metadata.DB)
@@ -129,7 +131,7 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	}
 	e.builder = builder.New(builder.Config{
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch.dir,
-		Space: e.collector, Entitlements: e.options.Entitlements,
+		Space: e.collector, Entitlements: e.options.Entitlements, ProvenanceEnv: e.options.ProvenanceEnv,
 	})
 	return nil
 }

@@ -133,7 +133,7 @@ func (s *Server) Solve(ctx context.Context, req *control.SolveRequest) (*control
 	}
 	ask := builder.Request{
 		Ref: req.Ref, Definition: req.Definition, Frontend: req.Frontend, Attrs: req.FrontendAttrs, Inputs: req.FrontendInputs,
-		Entitlements: req.Entitlements, Policy: req.SourcePolicy, Client: &sessionClient{s.sessions, req.Session}, Progress: b.tell,
+		Entitlements: req.Entitlements, Policy: req.SourcePolicy, Client: &sessionClient{s.sessions, req.Session}, Progress: b.tell, Record: !req.Internal,
 	}
 	for _, e := range req.Exporters {
 		ask.Exports = append(ask.Exports, builder.Export{Type: e.Type, Attrs: e.Attrs})
@@ -150,7 +150,7 @@ func (s *Server) Solve(ctx context.Context, req *control.SolveRequest) (*control
 		}
 	}
 	res, err := s.backend.Solve(ctx, ask)
-	s.builds.end(b, res.Exported, err)
+	s.builds.end(b, res, err)
 	if err != nil {
 		return nil, err
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	intoto "github.com/in-toto/in-toto-golang/in_toto"
 	control "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/moby/buildkit/util/grpcerrors"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"varve.dev/builder"
 	"varve.dev/errdefs"
 )
 
@@ -47,9 +49,9 @@ func (s *Server) UpdateBuildHistory(_ context.Context, req *control.UpdateBuildH
 }
 
 // finish completes the record of a build that is over. Callers hold mu.
-func (b *build) finish(response map[string]string, err error) {
+func (b *build) finish(response builder.Response, err error) {
 	r := b.record
-	r.ExporterResponse = response
+	r.ExporterResponse = response.Exported
 	r.NumWarnings = int32(b.warnings)
 	for _, v := range b.vertices {
 		r.NumTotalSteps++
@@ -69,8 +71,24 @@ func (b *build) finish(response map[string]string, err error) {
 		}
 		r.Error = &rpcstatus.Status{Code: whole.Code, Message: whole.Message}
 	}
-	if desc := imageOf(response); desc != nil {
-		r.Result = &control.BuildResultInfo{ResultDeprecated: desc, Results: map[int64]*control.Descriptor{0: desc}}
+	for id, p := range response.Provenance {
+		desc := b.keep(intoto.PayloadType, p.Predicate)
+		desc.Annotations = map[string]string{"in-toto.io/predicate-type": p.PredicateType}
+		info := &control.BuildResultInfo{Attestations: []*control.Descriptor{desc}}
+		if id == "" {
+			r.Result = info
+			continue
+		}
+		if r.Results == nil {
+			r.Results = map[string]*control.BuildResultInfo{}
+		}
+		r.Results[id] = info
+	}
+	if desc := imageOf(response.Exported); desc != nil {
+		if r.Result == nil {
+			r.Result = &control.BuildResultInfo{}
+		}
+		r.Result.ResultDeprecated, r.Result.Results = desc, map[int64]*control.Descriptor{0: desc}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"varve.dev/builder"
 	"varve.dev/errdefs"
 )
 
@@ -74,7 +75,7 @@ func (bs *builds) begin(req *control.SolveRequest) (*build, error) {
 }
 
 // end says that a build is over.
-func (bs *builds) end(b *build, response map[string]string, err error) {
+func (bs *builds) end(b *build, response builder.Response, err error) {
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
 	b.over = true

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -28,7 +29,9 @@ const buildkitdName = "buildkitd"
 type buildkitdConfig struct {
 	Root         string   `toml:"root"`
 	Entitlements []string `toml:"insecure-entitlements"`
-	GRPC         struct {
+	// ProvenanceEnvDir has facts to tell in the provenance of builds.
+	ProvenanceEnvDir string `toml:"provenanceEnvDir"`
+	GRPC             struct {
 		Address []string `toml:"address"`
 	} `toml:"grpc"`
 	Worker struct {
@@ -56,9 +59,10 @@ type buildkitdRegistry struct {
 
 // The places that buildkitd uses when nothing else is said.
 const (
-	buildkitdRoot   = "/var/lib/buildkit"
-	buildkitdConf   = "/etc/buildkit/buildkitd.toml"
-	buildkitdSocket = "unix:///run/buildkit/buildkitd.sock"
+	buildkitdRoot       = "/var/lib/buildkit"
+	buildkitdConf       = "/etc/buildkit/buildkitd.toml"
+	buildkitdProvenance = "/etc/buildkit/provenance.d"
+	buildkitdSocket     = "unix:///run/buildkit/buildkitd.sock"
 )
 
 // newBuildkitd is the daemon under buildkitd's name and with its flags.
@@ -127,6 +131,38 @@ func readBuildkitd(path string) (c buildkitdConfig, err error) {
 	return c, err
 }
 
+// builtinFacts are what the builder itself tells in provenance.
+var builtinFacts = []string{"buildConfig", "builderPlatform", "platform"}
+
+// readProvenanceEnv reads the JSON objects in a directory, which need not be
+// there, into one; of two that tell the same the later by name holds.
+func readProvenanceEnv(dir string) (map[string]any, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("provenance %s: %w: %w", dir, err, errdefs.ErrUnavailable)
+	}
+	env := map[string]any{}
+	for _, e := range entries {
+		if e.IsDir() || filepath.Ext(e.Name()) != ".json" {
+			continue
+		}
+		name := filepath.Join(dir, e.Name())
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return nil, fmt.Errorf("provenance %s: %w: %w", name, err, errdefs.ErrUnavailable)
+		}
+		if err := json.Unmarshal(data, &env); err != nil {
+			return nil, fmt.Errorf("provenance %s: %w: %w", name, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	for _, key := range builtinFacts {
+		if _, ok := env[key]; ok {
+			return nil, fmt.Errorf("provenance %s: %q is told by the builder itself: %w", dir, key, errdefs.ErrInvalidArgument)
+		}
+	}
+	return env, nil
+}
+
 // limits are those of the build cache, which is what buildkitd has.
 func (c buildkitdConfig) limits() (l gc.Limits) {
 	if o := c.Worker.OCI; o.GC == nil || *o.GC {
@@ -142,13 +178,18 @@ func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 		return err
 	}
 	state := filepath.Join(root, "varve-state")
+	env, err := readProvenanceEnv(first(c.ProvenanceEnvDir, buildkitdProvenance))
+	if err != nil {
+		return err
+	}
 	hosts, err := writeHosts(filepath.Join(state, "hosts"), c.Registry)
 	if err != nil {
 		return err
 	}
 	k, err := daemon.Keep(ctx, daemon.Options{
 		Root: filepath.Join(root, "varve"), State: state, Limits: c.limits(), Entitlements: c.Entitlements, BuildLabels: c.Worker.OCI.Labels,
-		Registry: varve.Registry{HostsDir: hosts},
+		ProvenanceEnv: env,
+		Registry:      varve.Registry{HostsDir: hosts},
 	}, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line) })
 	if err != nil {
 		return err
