@@ -196,18 +196,7 @@ func (j *job) addRows(ctx context.Context, ref *reference, max bool, rows map[st
 	if err != nil {
 		return err
 	}
-	chain := map[layout.SnapshotKey]bool{}
-	err = j.b.DB.View(ctx, func(tx *metadata.Tx) error {
-		for at := top; at != ""; {
-			snap, err := tx.Snapshots().Get(at)
-			if err != nil {
-				return err
-			}
-			chain[at] = true
-			at = snap.Parent
-		}
-		return nil
-	})
+	chain, err := j.chainOf(ctx, top)
 	if err != nil {
 		return err
 	}
@@ -219,13 +208,13 @@ func (j *job) addRows(ctx context.Context, ref *reference, max bool, rows map[st
 		if err != nil || key == "" {
 			continue
 		}
-		rec, err := j.cached(ctx, key)
+		rec, err := j.row(ctx, key, chain)
 		if err != nil {
 			return err
 		}
 		result := rec
 		if rec.Alias != "" {
-			if result, err = j.cached(ctx, rec.Alias); err != nil {
+			if result, err = j.row(ctx, rec.Alias, chain); err != nil {
 				return err
 			}
 		}
@@ -236,11 +225,79 @@ func (j *job) addRows(ctx context.Context, ref *reference, max bool, rows map[st
 			key = rec.Alias
 			rows[key] = cacheRow{}
 		}
-		if len(result.Snapshots) == 1 && result.Snapshots[0] != "" && (max || chain[result.Snapshots[0]]) {
+		if len(result.Snapshots) == 1 && result.Snapshots[0] != "" && (max || chain.has(result.Snapshots[0])) {
 			rows[key] = cacheRow{snapshot: result.Snapshots[0]}
 		}
 	}
 	return nil
+}
+
+// chainLayers are the layers of a tree, the bottom one first.
+type chainLayers []struct {
+	snapshot layout.SnapshotKey
+	diff     layout.DiffID
+}
+
+func (c chainLayers) has(snap layout.SnapshotKey) bool {
+	for _, l := range c {
+		if l.snapshot == snap {
+			return true
+		}
+	}
+	return false
+}
+
+func (j *job) chainOf(ctx context.Context, top layout.SnapshotKey) (out chainLayers, err error) {
+	err = j.b.DB.View(ctx, func(tx *metadata.Tx) error {
+		out = nil
+		for at := top; at != ""; {
+			snap, err := tx.Snapshots().Get(at)
+			if err != nil {
+				return err
+			}
+			rec, err := tx.Layers().Get(snap.Layer)
+			if err != nil {
+				return err
+			}
+			out = append(out, struct {
+				snapshot layout.SnapshotKey
+				diff     layout.DiffID
+			}{at, rec.DiffID})
+			at = snap.Parent
+		}
+		slices.Reverse(out)
+		return nil
+	})
+	return out, err
+}
+
+// row is what the cache has under a key, or what an imported cache has that the
+// build did not have to bring: there its result may be a part of the tree.
+func (j *job) row(ctx context.Context, key string, chain chainLayers) (layout.CacheRecord, error) {
+	rec, err := j.cached(ctx, key)
+	if err != nil || rec.Alias != "" || len(rec.Snapshots) > 0 {
+		return rec, err
+	}
+	c, imported, ok := j.imported(ctx, key)
+	if !ok {
+		return rec, nil
+	}
+	rec.Alias = imported.alias
+	var diffs []layout.DiffID
+	for at := imported.layer; at >= 0; at = c.layers[at].parent {
+		diffs = append(diffs, layout.DiffID(c.layers[at].diffID))
+	}
+	slices.Reverse(diffs)
+	if len(diffs) == 0 || len(diffs) > len(chain) {
+		return rec, nil
+	}
+	for i, d := range diffs {
+		if chain[i].diff != d {
+			return rec, nil
+		}
+	}
+	rec.Snapshots = []layout.SnapshotKey{chain[len(diffs)-1].snapshot}
+	return rec, nil
 }
 
 // cacheSet puts a cache's config together.
