@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	ctrcontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/client"
 	gwclient "github.com/moby/buildkit/frontend/gateway/client"
@@ -41,6 +42,8 @@ type Space interface {
 	// UseMount keeps a cache mount, which need not be there yet, until end is
 	// called.
 	UseMount(ctx context.Context, key string) (end func(), err error)
+	// DropMount removes a cache mount that nobody uses.
+	DropMount(ctx context.Context, key string) error
 	// TrimCache makes room for what was stored in the cache.
 	TrimCache(ctx context.Context) error
 	// Kick says that something was let go of.
@@ -51,6 +54,7 @@ type Space interface {
 type noLimits struct{}
 
 func (noLimits) UseMount(context.Context, string) (func(), error) { return func() {}, nil }
+func (noLimits) DropMount(context.Context, string) error          { return nil }
 func (noLimits) TrimCache(context.Context) error                  { return nil }
 func (noLimits) Kick()                                            {}
 
@@ -62,9 +66,21 @@ type Images interface {
 	// Snapshot returns the unpacked layers of ref as it was resolved, after
 	// pulling it if need be; "" for an image without layers.
 	Snapshot(ctx context.Context, ref string, resolved digest.Digest, platform ocispec.Platform) (layout.SnapshotKey, error)
-	// Push sends an image of the store, which has it under name, to its
-	// registry: under the name's tag, or only under its digest.
+	// ResolveIn and SnapshotIn are for an image of somebody else's store.
+	ResolveIn(ctx context.Context, from Foreign, d digest.Digest, platform ocispec.Platform) ([]byte, error)
+	// The snapshot stays as long as holder does.
+	SnapshotIn(ctx context.Context, from Foreign, d digest.Digest, platform ocispec.Platform, holder layout.Node) (layout.SnapshotKey, error)
+	// Origin is the repository of ref as such a store, and what ref stands for.
+	Origin(ctx context.Context, ref string) (Foreign, ocispec.Descriptor, error)
+	// Push sends an image of the store to the registry of name: under the
+	// name's tag, or only under its digest.
 	Push(ctx context.Context, name string, target ocispec.Descriptor, byDigest bool) error
+}
+
+// Foreign is a store that the build's client has.
+type Foreign struct {
+	Name  string // for people
+	Store ctrcontent.InfoReaderProvider
 }
 
 // Builder builds images in one open store.
@@ -156,11 +172,18 @@ func (b *Builder) Build(ctx context.Context, req Request) (Response, error) {
 	if err != nil {
 		return Response{}, err
 	}
+	caches, err := j.cacheExports()
+	if err != nil {
+		return Response{}, err
+	}
 	res, err := j.result(ctx)
 	if err != nil {
 		return Response{}, explain(err)
 	}
 	out, err := j.finish(ctx, res, exporters)
+	if err == nil && res != nil {
+		err = j.exportCache(ctx, res, caches, out.Exported)
+	}
 	return out, explain(err)
 }
 

@@ -30,13 +30,18 @@ func (e *execution) cache(ctx context.Context, m *pb.Mount) error {
 	k := newKeyHash("cachemount")
 	k.add(m.CacheOpt.GetID())
 	if on != "" {
-		begin, err := e.j.digestOf(ctx, on, ".")
+		begin, err := e.j.digestOf(ctx, on, everything)
 		if err != nil {
 			return err
 		}
 		k.add(begin, relative(m.Selector))
 	}
 	key := k.sum()
+	if e.v.meta != nil && e.v.meta.IgnoreCache && e.j.once("drop "+key) {
+		if err := e.j.b.Space.DropMount(ctx, key); err != nil {
+			return err
+		}
+	}
 	rel := layout.CacheMountPath(key)
 	dir := e.j.b.Root.Path(rel)
 	switch m.CacheOpt.GetSharing() {

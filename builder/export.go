@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
@@ -168,6 +169,11 @@ func (w *writer) manifest(ctx context.Context, b *built, p *exptypes.Platform, n
 	if err != nil {
 		return desc, config, err
 	}
+	if w.j.inline && b.refs[b.key(*p)] != nil {
+		if configJSON, err = w.withInlineCache(ctx, configJSON, b.refs[b.key(*p)], layers); err != nil {
+			return desc, config, err
+		}
+	}
 	config = w.addBytes(w.media(ocispec.MediaTypeImageConfig), configJSON)
 	m := ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: w.media(ocispec.MediaTypeImageManifest),
@@ -193,6 +199,22 @@ func (w *writer) manifest(ctx context.Context, b *built, p *exptypes.Platform, n
 		})
 	}
 	return desc, config, err
+}
+
+// withInlineCache adds the cache of an image to its config.
+func (w *writer) withInlineCache(ctx context.Context, config []byte, ref *reference, layers []*exported) ([]byte, error) {
+	data, err := w.inlineCache(ctx, ref, layers)
+	if err != nil {
+		return nil, err
+	}
+	fields := map[string]json.RawMessage{}
+	if err := json.Unmarshal(config, &fields); err != nil {
+		return nil, fmt.Errorf("config: %w: %w", err, errdefs.ErrInternal)
+	}
+	if fields[inlineKey], err = json.Marshal(data); err != nil {
+		return nil, fmt.Errorf("config: %w: %w", err, errdefs.ErrInternal)
+	}
+	return json.Marshal(fields)
 }
 
 func isOCI(mediaType string) bool { return !images.IsDockerType(mediaType) }
@@ -381,9 +403,17 @@ func (w *writer) write(ctx context.Context, l *exported, clamp *time.Time) error
 	l.fresh, l.diffID = in, diff.Digest()
 	l.desc = ocispec.Descriptor{MediaType: w.o.compression.Type.MediaType(), Digest: in.Digest().Digest(), Size: in.Size()}
 	if finish != nil {
-		l.desc.Annotations, err = finish(ctx, w.j.b.Blobs)
+		if l.desc.Annotations, err = finish(ctx, w.j.b.Blobs); err != nil {
+			return fmt.Errorf("layer %s: %w", l.id, err)
+		}
 	}
-	return err
+	if clamp != nil {
+		if l.desc.Annotations == nil {
+			l.desc.Annotations = map[string]string{}
+		}
+		l.desc.Annotations["buildkit/rewritten-timestamp"] = strconv.FormatInt(clamp.Unix(), 10)
+	}
+	return nil
 }
 
 // abandon throws away what was written, and returns err.

@@ -93,6 +93,7 @@ type built struct {
 	platforms []exptypes.Platform
 	perKey    bool // one tree for each platform, in trees; else that of ""
 	trees     map[string]layout.SnapshotKey
+	refs      map[string]*reference
 	attests   map[string][]gwclient.Attestation
 }
 
@@ -100,7 +101,7 @@ type built struct {
 func (j *job) built(ctx context.Context, res *gwclient.Result) (*built, error) {
 	b := &built{
 		metadata: orEmptyBytes(res.Metadata), perKey: len(res.Refs) > 0,
-		trees: map[string]layout.SnapshotKey{}, attests: res.Attestations,
+		trees: map[string]layout.SnapshotKey{}, refs: map[string]*reference{}, attests: res.Attestations,
 	}
 	if _, ok := b.metadata[exptypes.ExporterPlatformsKey]; b.perKey && !ok {
 		return nil, fmt.Errorf("unable to export multiple refs, missing platforms mapping: %w", errdefs.ErrInvalidArgument)
@@ -123,6 +124,7 @@ func (j *job) built(ctx context.Context, res *gwclient.Result) (*built, error) {
 			b.trees[key] = ""
 			continue
 		}
+		b.refs[key] = r
 		if b.trees[key], err = r.snapshot(ctx); err != nil {
 			return nil, err
 		}
@@ -137,12 +139,17 @@ func orEmptyBytes(m map[string][]byte) map[string][]byte {
 	return m
 }
 
+// key is the key of a platform's tree.
+func (b *built) key(p exptypes.Platform) string {
+	if b.perKey {
+		return p.ID
+	}
+	return ""
+}
+
 // tree is the tree for a platform.
 func (b *built) tree(p exptypes.Platform) (layout.SnapshotKey, error) {
-	key := ""
-	if b.perKey {
-		key = p.ID
-	}
+	key := b.key(p)
 	tree, ok := b.trees[key]
 	if !ok && len(b.trees) == 1 {
 		for _, tree = range b.trees {

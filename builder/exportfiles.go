@@ -127,7 +127,7 @@ func (x *filesExporter) export(ctx context.Context, v *vertex, b *built) (_ map[
 		}
 	}
 	if x.kind == client.ExporterTar {
-		defer x.j.progress.part(v, "sending tarball").done()
+		defer x.j.progress.part(v, "sending tarball", "sending").done()
 		out, err := filesync.CopyFileWriter(ctx, nil, x.id, caller)
 		if err != nil {
 			return nil, err
@@ -135,7 +135,7 @@ func (x *filesExporter) export(ctx context.Context, v *vertex, b *built) (_ map[
 		err = fsutil.WriteTar(ctx, all, out)
 		return nil, errors.Join(err, out.Close())
 	}
-	told := x.j.progress.part(v, "copying files")
+	told := x.j.progress.part(v, "copying files", "transferring")
 	defer told.done()
 	var options []filesync.CopyToCallerOpt
 	if x.delete {

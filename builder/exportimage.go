@@ -201,14 +201,14 @@ func (x *imageExporter) export(ctx context.Context, v *vertex, b *built) (map[st
 		keep = []string{prefix + "@" + root.Digest.String()}
 	}
 	for _, name := range keep {
-		defer x.j.progress.part(v, "naming to "+name).done()
+		defer x.j.progress.part(v, "naming to "+name, "naming").done()
 	}
 	if err := w.publish(ctx, root, keep); err != nil {
 		return nil, err
 	}
 	if x.push {
 		for _, name := range names {
-			p := x.j.progress.part(v, "pushing "+name)
+			p := x.j.progress.part(v, "pushing "+name, "pushing")
 			err := x.j.req.Images.Push(ctx, name, root, x.byDigest)
 			p.done()
 			if err != nil {
@@ -315,7 +315,7 @@ func (x *archiveExporter) export(ctx context.Context, v *vertex, b *built) (map[
 	if !x.tar {
 		return answer, contentutil.CopyChain(ctx, content.NewCallerStore(caller, "export"), x.j.b.Blobs, root)
 	}
-	defer x.j.progress.part(v, "sending tarball").done()
+	defer x.j.progress.part(v, "sending tarball", "sending").done()
 	options := []archive.ExportOpt{archive.WithManifest(root, names...)}
 	if x.kind == client.ExporterOCI {
 		options = append(options, archive.WithAllPlatforms(), archive.WithSkipDockerManifest())

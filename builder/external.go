@@ -44,6 +44,9 @@ func (j *job) external(ctx context.Context, c gwclient.Client) (*gwclient.Result
 	if !ok {
 		return nil, fmt.Errorf("frontend of %T: %w", c, errdefs.ErrInternal)
 	}
+	if own, err := j.frontend(g.opts[keySource]); err == nil && g.opts[keySource] != "gateway.v0" {
+		return own(ctx, g) // a syntax line that names the builder's own
+	}
 	state, img, err := g.frontendImage(ctx, g.opts[keySource])
 	if err != nil {
 		return nil, err

@@ -73,6 +73,9 @@ next:
 // Solve makes references to the results of a definition, or has another
 // frontend do so. They are worked out when somebody looks into them.
 func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclient.Result, error) {
+	for _, c := range req.CacheImports {
+		g.j.importCaches([]CacheOption{{Type: c.Type, Attrs: c.Attrs}})
+	}
 	if req.Frontend != "" {
 		if req.Definition != nil && len(req.Definition.Def) > 0 {
 			return nil, fmt.Errorf("a request for frontend %s has a definition of its own: %w", req.Frontend, errdefs.ErrInvalidArgument)
@@ -95,6 +98,9 @@ func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclie
 	if err != nil {
 		return nil, err
 	}
+	if err := g.j.applyPolicy(ctx, graph, req.SourcePolicies); err != nil {
+		return nil, err
+	}
 	ref := &reference{j: g.j, graph: graph, def: req.Definition}
 	if req.Evaluate {
 		if err := ref.Evaluate(ctx); err != nil {
@@ -114,11 +120,7 @@ func orEmpty(m map[string]string) map[string]string {
 
 // ResolveImageConfig finds a base image's digest and config.
 func (g *gateway) ResolveImageConfig(ctx context.Context, ref string, opt sourceresolver.Opt) (string, digest.Digest, []byte, error) {
-	m, err := g.ResolveSourceMetadata(ctx, &pb.SourceOp{Identifier: schemeImage + ref}, opt)
-	if err != nil {
-		return "", "", nil, err
-	}
-	return ref, m.Image.Digest, m.Image.Config, nil
+	return sourceresolver.NewImageMetaResolver(g).ResolveImageConfig(ctx, ref, opt)
 }
 
 // ResolveSourceMetadata finds out what a source is at the moment.
@@ -130,6 +132,9 @@ func (g *gateway) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, op
 	v := g.j.progress.own(name)
 	g.j.progress.begin(v)
 	defer func() { g.j.progress.end(v, err) }()
+	if op, err = g.j.allowed(ctx, op, opt.SourcePolicies); err != nil {
+		return nil, err
+	}
 	m = &sourceresolver.MetaResponse{Op: op}
 	if ref, ok := cutScheme(op.Identifier, schemeImage); ok {
 		platform, mode := g.j.platform, op.Attrs[pb.AttrImageResolveMode]
@@ -157,8 +162,14 @@ func (g *gateway) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, op
 	if err != nil {
 		return nil, err
 	}
-	if h, ok := s.origin.(*httpOrigin); ok {
-		m.HTTP, err = h.metadata(ctx, opt.HTTPOpt)
+	switch o := s.origin.(type) {
+	case *httpOrigin:
+		m.HTTP, err = o.metadata(ctx, opt.HTTPOpt)
+	case *layoutOrigin:
+		if opt.OCILayoutOpt != nil && opt.OCILayoutOpt.Platform != nil {
+			o.platform = *opt.OCILayoutOpt.Platform
+		}
+		m.Image, err = o.metadata(ctx)
 	}
 	return m, err
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
 	"golang.org/x/sys/unix"
 
@@ -29,19 +30,35 @@ func newBuilder(t *testing.T) *Builder {
 	return New(Config{Root: o.Root, DB: o.DB, Journal: o.Journal, Blobs: o.Blobs, Snaps: o.Snaps, Scratch: t.TempDir()})
 }
 
-// begun returns a session that ends with the test.
-func begun(t *testing.T, b *Builder) *session {
+// begun returns a build that ends with the test.
+func begun(t *testing.T, b *Builder) *job {
 	t.Helper()
-	platform, err := platformOf("")
+	return begunFor(t, b, Request{})
+}
+
+func begunFor(t *testing.T, b *Builder, req Request) *job {
+	t.Helper()
+	j, err := b.begin(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := b.begin(t.Context(), Request{}, platform)
-	if err != nil {
-		t.Fatal(err)
+	t.Cleanup(j.end)
+	return j
+}
+
+// tally counts the vertices of a build that are over.
+type tally struct{ ran, cached int }
+
+func (n *tally) tell(s *client.SolveStatus) {
+	for _, v := range s.Vertexes {
+		switch {
+		case v.Completed == nil:
+		case v.Cached:
+			n.cached++
+		default:
+			n.ran++
+		}
 	}
-	t.Cleanup(s.end)
-	return s
 }
 
 // made is when everything in these tests was made.
@@ -60,10 +77,10 @@ func loaded(t *testing.T, st llb.State) *graph {
 	return g
 }
 
-func solved(t *testing.T, s *session, st llb.State) layout.SnapshotKey {
+func solved(t *testing.T, j *job, st llb.State) layout.SnapshotKey {
 	t.Helper()
 	g := loaded(t, st)
-	key, err := s.solve(t.Context(), g, g.root)
+	key, err := j.solve(t.Context(), g, g.root)
 	if err != nil {
 		t.Fatal(err)
 	}

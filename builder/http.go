@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"varve.dev/errdefs"
+	"varve.dev/internal/version"
 	"varve.dev/layout"
 )
 
@@ -44,9 +46,11 @@ type httpOrigin struct {
 // fetched is a file that was downloaded.
 type fetched struct {
 	path     string // in the builder's scratch directory; empty: it is in the store
-	filename string
-	digest   digest.Digest
-	modified *time.Time
+	snapshot layout.SnapshotKey
+	Filename string
+	Digest   digest.Digest
+	Modified *time.Time
+	ETag     string
 }
 
 // clientHost is the host of URLs that the build's client answers.
@@ -101,7 +105,7 @@ func (o *httpOrigin) identify(ctx context.Context) (string, error) {
 	if err := o.fetch(ctx); err != nil {
 		return "", err
 	}
-	return o.key(o.got.filename, o.got.digest, o.got.modified), nil
+	return o.key(o.got.Filename, o.got.Digest, o.got.Modified), nil
 }
 
 func (o *httpOrigin) key(filename string, d digest.Digest, modified *time.Time) string {
@@ -123,7 +127,17 @@ func (o *httpOrigin) bring(ctx context.Context, key string) (outputs, error) {
 		if err := o.fetch(ctx); err != nil {
 			return out, err
 		}
+		if o.got.snapshot != "" { // its row by content was evicted alone
+			return outputs{key: key, snapshots: []layout.SnapshotKey{o.got.snapshot}}, nil
+		}
 		t := &step{j: o.j, v: o.v, key: key, began: time.Now()}
+		if o.got.ETag != "" {
+			note, err := json.Marshal(o.got)
+			if err != nil {
+				return out, fmt.Errorf("source %s: %w: %w", o.redacted(), err, errdefs.ErrInternal)
+			}
+			t.source, t.note = o.urlKey(), string(note)
+		}
 		active, tree, err := t.prepare(ctx, "")
 		if err != nil {
 			return out, err
@@ -138,7 +152,7 @@ func (o *httpOrigin) bring(ctx context.Context, key string) (outputs, error) {
 
 // place puts the file into a tree.
 func (o *httpOrigin) place(dir string) error {
-	name := filepath.Join(dir, o.got.filename)
+	name := filepath.Join(dir, o.got.Filename)
 	in, err := os.Open(o.got.path)
 	if err != nil {
 		return err
@@ -150,18 +164,54 @@ func (o *httpOrigin) place(dir string) error {
 	}
 	_, err = io.Copy(out, in)
 	at := time.Unix(0, 0)
-	if o.got.modified != nil {
-		at = *o.got.modified
+	if o.got.Modified != nil {
+		at = *o.got.Modified
 	}
 	return errors.Join(err, out.Close(), os.Chown(name, o.uid, o.gid), os.Chmod(name, o.perm&os.ModePerm), os.Chtimes(name, at, at))
 }
 
+// urlKey is the key under which the answer to the question is found again.
+func (o *httpOrigin) urlKey() string {
+	k := newKeyHash("url")
+	k.add(o.url, o.filename, fmt.Sprintf("%o %d %d", o.perm, o.uid, o.gid), o.secret, fmt.Sprint(o.header))
+	return k.sum()
+}
+
+// known is what was downloaded before, if the server says that it is still the
+// same.
+func (o *httpOrigin) known(ctx context.Context) (*fetched, error) {
+	rec, err := o.j.cached(ctx, o.urlKey())
+	if err != nil || rec.Note == "" || len(rec.Snapshots) != 1 {
+		return nil, err
+	}
+	var old fetched
+	if err := json.Unmarshal([]byte(rec.Note), &old); err != nil || old.ETag == "" {
+		return nil, nil
+	}
+	old.snapshot = rec.Snapshots[0]
+	if err := o.j.hold(ctx, rec.Snapshots); err != nil {
+		return nil, ignoreNotFound(err)
+	}
+	resp, err := o.request(ctx, http.MethodHead, old.ETag)
+	if err != nil {
+		return nil, nil // some servers know no HEAD: it is downloaded
+	}
+	resp.Body.Close()
+	if tag := resp.Header.Get("ETag"); tag == old.ETag || resp.StatusCode == http.StatusNotModified && tag == "" {
+		return &old, nil
+	}
+	return nil, nil
+}
+
 // fetch downloads the file, once.
-func (o *httpOrigin) fetch(ctx context.Context) error {
+func (o *httpOrigin) fetch(ctx context.Context) (err error) {
 	if o.got != nil {
 		return nil
 	}
-	resp, err := o.request(ctx)
+	if o.got, err = o.known(ctx); err != nil || o.got != nil {
+		return err
+	}
+	resp, err := o.request(ctx, http.MethodGet, "")
 	if err != nil {
 		return err
 	}
@@ -170,7 +220,7 @@ func (o *httpOrigin) fetch(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("download %s: %w: %w", o.redacted(), err, errdefs.ErrUnavailable)
 	}
-	told := o.j.progress.part(o.v, "downloading "+o.redacted())
+	told := o.j.progress.part(o.v, "downloading "+o.redacted(), "downloading")
 	defer told.done()
 	sum := digest.Canonical.Digester()
 	n, err := io.Copy(io.MultiWriter(f, sum.Hash(), &counter{told: told, total: resp.ContentLength}), resp.Body)
@@ -186,9 +236,9 @@ func (o *httpOrigin) fetch(ctx context.Context) error {
 		return fmt.Errorf("download %s: %w", o.redacted(), err)
 	}
 	o.j.atEnd(func() { _ = os.Remove(f.Name()) })
-	o.got = &fetched{path: f.Name(), filename: o.name(resp), digest: sum.Digest()}
+	o.got = &fetched{path: f.Name(), Filename: o.name(resp), Digest: sum.Digest(), ETag: resp.Header.Get("ETag")}
 	if t, err := http.ParseTime(resp.Header.Get("Last-Modified")); err == nil {
-		o.got.modified = &t
+		o.got.Modified = &t
 	}
 	return nil
 }
@@ -213,8 +263,8 @@ func (o *httpOrigin) redacted() string {
 }
 
 // request asks the server, or the client.
-func (o *httpOrigin) request(ctx context.Context) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, o.url, nil)
+func (o *httpOrigin) request(ctx context.Context, method, tag string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, o.url, nil)
 	if err != nil {
 		return nil, fmt.Errorf("source %s: %w: %w", o.redacted(), err, errdefs.ErrInvalidArgument)
 	}
@@ -222,6 +272,15 @@ func (o *httpOrigin) request(ctx context.Context) (*http.Response, error) {
 		return o.fromClient(ctx, req.URL)
 	}
 	req.Header = o.header.Clone()
+	if req.Header.Get("User-Agent") == "" {
+		// Servers know BuildKit's, and treat others as browsers.
+		req.Header.Set("User-Agent", "buildkit/"+version.BuildKit()+" varve/"+version.Version)
+	}
+	if tag != "" {
+		req.Header.Set("If-None-Match", tag)
+		// What Go's client asks for by itself, for GET: tags may differ by it.
+		req.Header.Set("Accept-Encoding", "gzip")
+	}
 	if o.secret != "" {
 		value, ok, err := o.j.secretData(ctx, o.secret, false)
 		if err != nil {
@@ -235,7 +294,7 @@ func (o *httpOrigin) request(ctx context.Context) (*http.Response, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode != http.StatusOK && (tag == "" || resp.StatusCode != http.StatusNotModified) {
 		resp.Body.Close()
 		var kind error = errdefs.ErrUnavailable
 		if resp.StatusCode == http.StatusNotFound {
@@ -297,7 +356,7 @@ func (o *httpOrigin) metadata(ctx context.Context, opt *sourceresolver.ResolveHT
 	if err := o.fetch(ctx); err != nil {
 		return nil, err
 	}
-	out := &sourceresolver.ResolveHTTPResponse{Digest: o.got.digest, Filename: o.got.filename, LastModified: o.got.modified}
+	out := &sourceresolver.ResolveHTTPResponse{Digest: o.got.Digest, Filename: o.got.Filename, LastModified: o.got.Modified}
 	if opt == nil || opt.ChecksumReq == nil {
 		return out, nil
 	}
@@ -309,7 +368,7 @@ func (o *httpOrigin) metadata(ctx context.Context, opt *sourceresolver.ResolveHT
 	if !algo.Available() {
 		return nil, fmt.Errorf("checksum algorithm %v is not known here: %w", opt.ChecksumReq.Algo, errdefs.ErrInvalidArgument)
 	}
-	f, err := os.Open(o.got.path)
+	f, err := o.open(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -321,4 +380,16 @@ func (o *httpOrigin) metadata(ctx context.Context, opt *sourceresolver.ResolveHT
 	sum.Hash().Write(opt.ChecksumReq.Suffix)
 	out.ChecksumResponse = &sourceresolver.ResolveHTTPChecksumResponse{Digest: sum.Digest().String(), Suffix: opt.ChecksumReq.Suffix}
 	return out, nil
+}
+
+// open reads the file, wherever it is.
+func (o *httpOrigin) open(ctx context.Context) (*os.File, error) {
+	if o.got.snapshot == "" {
+		return os.Open(o.got.path)
+	}
+	layers, err := o.j.b.Snaps.Layers(ctx, o.got.snapshot)
+	if err != nil {
+		return nil, err
+	}
+	return os.Open(filepath.Join(layers[0].Dir, o.got.Filename))
 }

@@ -40,6 +40,10 @@ type job struct {
 	sources  map[digest.Digest]*source
 	gitNames map[string]gitAt // what names in repositories stand for
 	cleanups []func()
+	views    []viewOf
+	did      map[string]bool
+	imports  []*cacheImport
+	inline   bool // images get their cache into their configs
 }
 
 // begin makes what one build needs; end gives it back.
@@ -47,15 +51,25 @@ func (b *Builder) begin(ctx context.Context, req Request) (*job, error) {
 	j := &job{
 		b: b, req: req, platform: platforms.Normalize(platforms.DefaultSpec()), lease: b.DB.NewLease("build"),
 		progress: newProgress(req.Progress), solving: newFlights(),
-		memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{}, resolved: map[string]resolved{}, sources: map[digest.Digest]*source{}, gitNames: map[string]gitAt{},
+		memo: map[digest.Digest]result{}, keys: map[digest.Digest]string{}, resolved: map[string]resolved{}, sources: map[digest.Digest]*source{}, did: map[string]bool{}, gitNames: map[string]gitAt{},
 	}
 	for _, e := range req.Entitlements {
 		if !slices.Contains(b.Entitlements, e) {
-			return nil, fmt.Errorf("%s is not allowed: %w", e, errdefs.ErrPermissionDenied)
+			return nil, fmt.Errorf("entitlement %s is not allowed: %w", e, errdefs.ErrPermissionDenied)
 		}
 		j.granted = append(j.granted, e)
 	}
+	j.importCaches(req.CacheFrom)
 	return j, j.lease.Make(ctx)
+}
+
+// once tells whether this is the first time in this build.
+func (j *job) once(what string) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	first := !j.did[what]
+	j.did[what] = true
+	return first
 }
 
 // atEnd has fn called when the build is over.

@@ -8,20 +8,17 @@ import (
 	"hash"
 	"io"
 	"path"
-	"slices"
-	"strings"
 
+	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/solver/pb"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"varve.dev/errdefs"
-	"varve.dev/layer"
 )
 
 // keyVersion changes when the same operation would give another result, or
 // when something else goes into a key.
-const keyVersion = "varve-build-1"
+const keyVersion = "varve-build-2"
 
 // keyHash takes the parts of a key, each with its length before it, so that
 // no two lists of parts have the same bytes.
@@ -42,6 +39,12 @@ func (k keyHash) add(parts ...string) {
 	}
 }
 
+func (k keyHash) addPlatform(p *pb.Platform) {
+	if p != nil {
+		k.add(platforms.FormatAll(p.Spec()))
+	}
+}
+
 func (k keyHash) sum() string { return hex.EncodeToString(k.h.Sum(nil)) }
 
 // definitionKey is the key of an operation on inputs with these canonical
@@ -55,9 +58,7 @@ func definitionKey(v *vertex, inputs []string) (string, error) {
 		return "", err
 	}
 	k.add(kind, string(op))
-	if p := v.op.Platform; p != nil {
-		k.add(p.OS, p.Architecture, p.Variant)
-	}
+	k.addPlatform(v.op.Platform)
 	k.add(inputs...)
 	return k.sum(), nil
 }
@@ -90,94 +91,81 @@ func relevant(op *pb.Op) ([]byte, string, error) {
 	return nil, "", fmt.Errorf("an operation of type %T is not known here: %w", op.Op, errdefs.ErrNotImplemented)
 }
 
-// contentKey is the key of a file operation by what it copies: its
-// destination's canonical key, and for each copy the digest of the files that
-// it may read. ok is false for an operation that copies nothing.
-func contentKey(v *vertex, file *pb.FileOp, inputs []string, digestOf func(input int, prefix string) (string, error)) (key string, ok bool, err error) {
-	sources := map[int]bool{}
-	others := map[int]bool{}
-	k := newKeyHash("content")
-	op, _, err := relevant(v.op)
+// contentKey is the key of an operation by what it reads of its inputs: for a
+// copy, or a bind mount that nothing of is kept, the digest of the files that it
+// may see; for any other input its canonical key. ok is false for an operation
+// that reads nothing so.
+func contentKey(v *vertex, inputs []string, digestOf func(input int, all []selection) (string, error)) (key string, ok bool, err error) {
+	read, whole := selections(v.op, len(inputs))
+	op, err := selected(v.op)
 	if err != nil {
 		return "", false, err
 	}
+	k := newKeyHash("content")
 	k.add(string(op))
-	for _, a := range file.Actions {
-		if in := int(a.Input); in >= 0 && in < len(inputs) {
-			others[in] = true
-		}
-		c := a.GetCopy()
-		in := int(a.SecondaryInput)
-		if c == nil || in < 0 || in >= len(inputs) {
+	k.addPlatform(v.op.Platform)
+	for i, in := range inputs {
+		all := read[i]
+		if whole[i] || len(all) == 0 {
+			k.add("input", fmt.Sprint(i), in)
 			continue
 		}
-		sources[in] = true
-		d, err := digestOf(in, literalPrefix(c))
+		d, err := digestOf(i, all)
 		if err != nil {
 			return "", false, err
 		}
-		k.add(fmt.Sprint(in), d)
-		for _, o := range []*pb.UserOpt{c.Owner.GetUser(), c.Owner.GetGroup()} {
-			if n := o.GetByName(); n != nil {
-				others[int(n.Input)] = true // names are looked up there
+		k.add("files", fmt.Sprint(i), d)
+		ok = true
+	}
+	return k.sum(), ok, nil
+}
+
+// selections are the files that an operation reads of each input; whole are the
+// inputs that it works on, or looks names up in.
+func selections(op *pb.Op, inputs int) (read map[int][]selection, whole map[int]bool) {
+	read, whole = map[int][]selection{}, map[int]bool{}
+	switch o := op.Op.(type) {
+	case *pb.Op_File:
+		for _, a := range o.File.Actions {
+			whole[int(a.Input)] = true
+			if c := a.GetCopy(); c != nil && a.SecondaryInput >= 0 && int(a.SecondaryInput) < inputs {
+				read[int(a.SecondaryInput)] = append(read[int(a.SecondaryInput)], selection{
+					path: c.Src, wildcard: c.AllowWildcard, follow: c.FollowSymlink,
+					include: c.IncludePatterns, exclude: c.ExcludePatterns, required: c.RequiredPaths,
+				})
+			}
+			for _, o := range owners(a) {
+				if n := o.GetByName(); n != nil {
+					whole[int(n.Input)] = true
+				}
+			}
+		}
+	case *pb.Op_Exec:
+		for _, m := range o.Exec.Mounts {
+			if m.Input < 0 || int(m.Input) >= inputs {
+				continue
+			}
+			if m.MountType == pb.MountType_BIND && m.Dest != pb.RootMount && (m.Readonly || m.Output == int64(pb.SkipOutput)) {
+				read[int(m.Input)] = append(read[int(m.Input)], selection{path: m.Selector, follow: true})
+			} else {
+				whole[int(m.Input)] = true
 			}
 		}
 	}
-	if len(sources) == 0 {
-		return "", false, nil
-	}
-	for i, in := range inputs {
-		if !sources[i] || others[i] {
-			k.add("input", fmt.Sprint(i), in)
-		}
-	}
-	return k.sum(), true, nil
+	return read, whole
 }
 
-// literalPrefix is the longest directory that a copy's source certainly lies
-// in: where it has a wildcard or may lead through a link, that above.
-func literalPrefix(c *pb.FileActionCopy) string {
-	src := path.Clean("/" + c.Src)[1:]
-	if c.AllowWildcard {
-		if i := strings.IndexAny(src, `*?[\`); i >= 0 {
-			src = path.Dir(src[:i] + "x")
+// selected is relevant without what the digest of selected files says better:
+// where a copy's source stands.
+func selected(op *pb.Op) ([]byte, error) {
+	if f := op.GetFile(); f != nil {
+		op = proto.Clone(op).(*pb.Op)
+		for _, a := range op.GetFile().Actions {
+			if c := a.GetCopy(); c != nil {
+				c.Src = path.Base(c.Src)
+			}
 		}
 	}
-	if src == "" || src == "." {
-		return "."
-	}
-	return src
-}
-
-// treeDigest is the digest of what a stack of layers shows below prefix: names,
-// types, modes, owners, link targets, xattrs and contents, and no times. If the
-// way to prefix may lead through a link, it is that of everything.
-func treeDigest(layers []layer.Parent, prefix string) string {
-	view := layer.Merged(layers)
-	for dir := prefix; dir != "."; dir = path.Dir(dir) {
-		if e := view[dir]; e != nil && e.Mode&unix.S_IFMT == unix.S_IFLNK {
-			prefix = "."
-		}
-	}
-	var names []string
-	for n := range view {
-		if prefix == "." || n == prefix || strings.HasPrefix(n, prefix+"/") {
-			names = append(names, n)
-		}
-	}
-	slices.Sort(names)
-	k := newKeyHash("tree")
-	for _, n := range names {
-		e := view[n]
-		k.add(n, fmt.Sprintf("%o %d %d %d", e.Mode, e.UID, e.GID, e.Rdev), e.SHA256, e.Target)
-		attrs := make([]string, 0, len(e.Xattrs))
-		for a := range e.Xattrs {
-			attrs = append(attrs, a)
-		}
-		slices.Sort(attrs)
-		for _, a := range attrs {
-			k.add(a, e.Xattrs[a])
-		}
-	}
-	return k.sum()
+	data, _, err := relevant(op)
+	return data, err
 }

@@ -150,11 +150,11 @@ func TestKeyPartsAreApart(t *testing.T) {
 func TestTreeDigest(t *testing.T) {
 	b := newBuilder(t)
 	for seed := range uint64(30) {
-		s := begun(t, b)
+		j := begun(t, b)
 		pen := newScribbler(seed)
 		st := pen.change(scratch(dir("/base"), file("/base/f", "f")), 4)
-		key := solved(t, s, st)
-		stacked, err := s.digestOf(t.Context(), key, ".")
+		key := solved(t, j, st)
+		stacked, err := j.digestOf(t.Context(), key, ".")
 		if err != nil {
 			t.Fatal(err)
 		}

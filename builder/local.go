@@ -146,7 +146,7 @@ func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last 
 	} else if out, err = t.commit(ctx, []layout.SnapshotKey{active}); err != nil {
 		return out, err
 	}
-	sum, err := j.digestOf(ctx, out.snapshots[0], ".")
+	sum, err := j.digestOf(ctx, out.snapshots[0], everything)
 	k := newKeyHash("files")
 	k.add(sum)
 	out.key = k.sum()
@@ -171,7 +171,7 @@ func (o *localOrigin) receive(ctx context.Context, caller session.Caller, tree o
 	if err != nil {
 		return false, err
 	}
-	told := o.j.progress.part(o.v, "transferring "+o.name+":")
+	told := o.j.progress.part(o.v, "transferring "+o.name+":", "transferring")
 	defer told.done()
 	options := fsutil.ReceiveOpt{
 		Differ:     o.differ,

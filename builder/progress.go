@@ -137,10 +137,11 @@ type part struct {
 // partEvery is how often a part's progress is told at most.
 const partEvery = 100 * time.Millisecond
 
-// part begins a part of a vertex. It is used from one goroutine at a time.
-func (p *progress) part(v *vertex, id string) *part {
+// part begins a part of a vertex; what is done in it is action, in one word. It
+// is used from one goroutine at a time.
+func (p *progress) part(v *vertex, id, action string) *part {
 	now := time.Now()
-	t := &part{p: p, started: now, status: client.VertexStatus{ID: id, Vertex: v.digest, Started: &now}}
+	t := &part{p: p, started: now, status: client.VertexStatus{ID: id, Name: action, Vertex: v.digest, Started: &now}}
 	t.send(now)
 	return t
 }

@@ -28,6 +28,9 @@ type step struct {
 	content string // content key, or ""
 	inputs  []layout.SnapshotKey
 	began   time.Time
+	// Of a source: a key that its result is found by next time, and what is
+	// noted with it.
+	source, note string
 }
 
 // prepare makes a writable snapshot on an input. It goes with the build's
@@ -76,6 +79,11 @@ func (t *step) records(out outputs) []layout.CacheMake {
 	makes := []layout.CacheMake{{Key: out.key, Record: layout.CacheRecord{
 		Snapshots: out.snapshots, Created: now, LastUse: now, Took: now.Sub(t.began), Description: t.v.name(),
 	}}}
+	if t.source != "" {
+		makes = append(makes, layout.CacheMake{Key: t.source, Record: layout.CacheRecord{
+			Snapshots: out.snapshots, Created: now, LastUse: now, Description: t.v.name(), Note: t.note,
+		}})
+	}
 	if out.key != t.key {
 		makes = append(makes, layout.CacheMake{Key: t.key, Record: layout.CacheRecord{
 			Alias: out.key, Created: now, LastUse: now, Description: t.v.name(),
@@ -266,7 +274,7 @@ func (e *execution) limits(meta *pb.Meta) {
 }
 
 func (e *execution) failed(err error) error {
-	return fmt.Errorf("process %q did not complete successfully: %w", strings.Join(e.op.Meta.Args, " "), err)
+	return &kindError{fmt.Errorf("process %q did not complete successfully: %w", strings.Join(e.op.Meta.Args, " "), err), errdefs.ErrFailedPrecondition}
 }
 
 // validExit: nothing but 0, where nothing is said.
@@ -292,7 +300,11 @@ func (e *execution) proxies(p *pb.ProxyEnv) {
 
 // network gives the step the network that its operation asks for.
 func (e *execution) network(meta *pb.Meta) error {
-	return e.connect(e.op.Network == pb.NetMode_NONE, meta.ExtraHosts)
+	hosts := meta.ExtraHosts
+	if meta.Hostname != "" {
+		hosts = append(slices.Clone(hosts), &pb.HostIP{IP: "127.0.0.1", Host: meta.Hostname})
+	}
+	return e.connect(e.op.Network == pb.NetMode_NONE, hosts)
 }
 
 // connect gives the step the host's network, with the host's names and extra

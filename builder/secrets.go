@@ -30,7 +30,7 @@ func (j *job) entitled(op *pb.ExecOp) error {
 		{len(op.CdiDevices) > 0, entitlements.EntitlementDevice},
 	} {
 		if need.is && !slices.Contains(j.granted, need.what.String()) {
-			return fmt.Errorf("%s is not allowed: %w", need.what, errdefs.ErrPermissionDenied)
+			return fmt.Errorf("entitlement %s is not allowed: %w", need.what, errdefs.ErrPermissionDenied)
 		}
 	}
 	return nil

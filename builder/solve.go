@@ -8,6 +8,7 @@ import (
 
 	bkerrdefs "github.com/moby/buildkit/solver/errdefs"
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/buildkit/util/stack"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
@@ -35,10 +36,15 @@ func (j *job) solve(ctx context.Context, g *graph, e edge) (layout.SnapshotKey, 
 	if err != nil {
 		return "", err
 	}
-	if e.output >= len(out.snapshots) {
+	return out.output(e)
+}
+
+// output is the snapshot of one output.
+func (o outputs) output(e edge) (layout.SnapshotKey, error) {
+	if e.output >= len(o.snapshots) {
 		return "", fmt.Errorf("vertex %s has no output %d: %w", e.vertex, e.output, errdefs.ErrInvalidArgument)
 	}
-	return out.snapshots[e.output], nil
+	return o.snapshots[e.output], nil
 }
 
 // vertex solves a vertex once in this build, however many want it. One that was
@@ -91,6 +97,10 @@ func (j *job) vertexOnce(ctx context.Context, g *graph, v *vertex) (outputs, err
 	if err != nil {
 		return outputs{}, j.fail(v, err)
 	}
+	// What was worked out before may have known of no alias below.
+	j.mu.Lock()
+	j.keys[v.digest] = key
+	j.mu.Unlock()
 	out, err := j.b.flights.do(ctx, key, func() (outputs, error) {
 		return j.decide(ctx, v, key, keys, inputs, ignore)
 	})
@@ -171,6 +181,11 @@ func (j *job) canonical(ctx context.Context, key string) (string, error) {
 		}
 		return ignoreNotFound(err)
 	})
+	if err == nil && out == key {
+		if _, rec, ok := j.imported(ctx, key); ok && rec.alias != "" {
+			out = rec.alias
+		}
+	}
 	return out, err
 }
 
@@ -184,7 +199,10 @@ func ignoreNotFound(err error) error {
 // lookup takes a stored result, and holds it.
 func (j *job) lookup(ctx context.Context, key string) (outputs, bool, error) {
 	out, ok, err := j.peek(ctx, key)
-	if err != nil || !ok {
+	if err == nil && !ok {
+		return j.fromImports(ctx, key)
+	}
+	if err != nil {
 		return outputs{}, false, err
 	}
 	err = j.lease.Hold(ctx, func(tx *metadata.Tx) ([]layout.Node, error) {
@@ -201,6 +219,15 @@ func (j *job) lookup(ctx context.Context, key string) (outputs, bool, error) {
 		return outputs{}, false, err
 	}
 	return out, true, nil
+}
+
+// cached is a row of the cache; an empty one if there is none.
+func (j *job) cached(ctx context.Context, key string) (rec layout.CacheRecord, err error) {
+	err = j.b.DB.View(ctx, func(tx *metadata.Tx) (err error) {
+		rec, err = tx.Cache().Get(key)
+		return ignoreNotFound(err)
+	})
+	return rec, err
 }
 
 // peek looks a result up without holding it.
@@ -258,39 +285,30 @@ func (j *job) decide(ctx context.Context, v *vertex, key string, keys []string, 
 		}
 	}
 	alias := ""
-	if file := v.op.GetFile(); file != nil {
-		content, ok, err := contentKey(v, file, keys, func(input int, prefix string) (string, error) {
-			return j.digestOf(ctx, inputs[input].snapshots[v.inputs[input].output], prefix)
-		})
+	content, ok, err := contentKey(v, keys, func(input int, all []selection) (string, error) {
+		snap, err := inputs[input].output(v.inputs[input])
+		if err != nil {
+			return "", err
+		}
+		return j.digestOf(ctx, snap, all)
+	})
+	if err != nil {
+		return outputs{}, fmt.Errorf("failed to compute cache key: %w", err)
+	}
+	if ok {
+		alias = content
+	}
+	if ok && !ignore {
+		out, hit, err := j.lookup(ctx, content)
 		if err != nil {
 			return outputs{}, err
 		}
-		if ok {
-			alias = content
-		}
-		if ok && !ignore {
-			out, hit, err := j.lookup(ctx, content)
-			if err != nil {
-				return outputs{}, err
-			}
-			if hit {
-				j.progress.cached(v)
-				return out, j.storeAlias(ctx, v, key, content)
-			}
+		if hit {
+			j.progress.cached(v)
+			return out, j.storeAlias(ctx, v, key, content)
 		}
 	}
 	return j.run(ctx, v, key, alias, inputs)
-}
-
-func (j *job) digestOf(ctx context.Context, snap layout.SnapshotKey, prefix string) (string, error) {
-	if snap == "" {
-		return treeDigest(nil, prefix), nil
-	}
-	layers, err := j.b.Snaps.Layers(ctx, snap)
-	if err != nil {
-		return "", err
-	}
-	return treeDigest(layers, prefix), nil
 }
 
 func (j *job) storeAlias(ctx context.Context, v *vertex, key, content string) error {
@@ -311,10 +329,10 @@ func (j *job) run(ctx context.Context, v *vertex, key, content string, inputs []
 	j.progress.begin(v)
 	snaps := make([]layout.SnapshotKey, len(inputs))
 	for i, in := range inputs {
-		if v.inputs[i].output >= len(in.snapshots) {
-			return outputs{}, fmt.Errorf("vertex %s has no output %d: %w", v.inputs[i].vertex, v.inputs[i].output, errdefs.ErrInvalidArgument)
+		var err error
+		if snaps[i], err = in.output(v.inputs[i]); err != nil {
+			return outputs{}, err
 		}
-		snaps[i] = in.snapshots[v.inputs[i].output]
 	}
 	step := &step{j: j, v: v, key: key, content: content, inputs: snaps, began: time.Now()}
 	var out outputs
@@ -362,5 +380,5 @@ func (j *job) fail(v *vertex, err error) error {
 	for _, s := range v.sources {
 		err = bkerrdefs.WithSource(err, s)
 	}
-	return bkerrdefs.WrapVertex(err, v.digest)
+	return stack.Enable(bkerrdefs.WrapVertex(stack.Enable(err), v.digest))
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -82,6 +83,8 @@ func (j *job) originOf(v *vertex, op *pb.SourceOp) (origin, error) {
 		return &imageOrigin{j: j, v: v, ref: rest, attrs: op.Attrs}, nil
 	case schemeLocal:
 		return newLocalOrigin(j, v, rest, op.Attrs)
+	case schemeOCILayout:
+		return newLayoutOrigin(j, j.platformOf(v), rest, op.Attrs)
 	case schemeHTTP, schemeHTTPS:
 		return newHTTPOrigin(j, v, op)
 	case schemeGit:
@@ -126,7 +129,7 @@ type resolved struct {
 
 // resolve asks once for each image and platform.
 func (j *job) resolve(ctx context.Context, ref string, platform ocispec.Platform, mode string) (digest.Digest, []byte, error) {
-	id := ref + " " + platform.OS + "/" + platform.Architecture + "/" + platform.Variant
+	id := ref + " " + platforms.FormatAll(platform)
 	j.mu.Lock()
 	known, ok := j.resolved[id]
 	j.mu.Unlock()
@@ -160,10 +163,14 @@ type imageOrigin struct {
 
 func (o *imageOrigin) identify(ctx context.Context) (string, error) {
 	d, _, err := o.j.resolve(ctx, o.ref, o.j.platformOf(o.v), o.attrs[pb.AttrImageResolveMode])
+	return imageKey(d, o.j.platformOf(o.v)), err
+}
+
+// imageKey names what an image has for a platform.
+func imageKey(d digest.Digest, p ocispec.Platform) string {
 	k := newKeyHash("image")
-	p := o.j.platformOf(o.v)
-	k.add(d.String(), p.OS, p.Architecture, p.Variant)
-	return k.sum(), err
+	k.add(d.String(), platforms.FormatAll(p))
+	return k.sum()
 }
 
 // holdTries is how often a base image is brought that is removed before the build
@@ -178,13 +185,20 @@ func (o *imageOrigin) bring(ctx context.Context, key string) (outputs, error) {
 	if err != nil {
 		return outputs{}, err
 	}
+	return o.j.holdImage(ctx, key, func() (layout.SnapshotKey, error) {
+		return o.j.req.Images.Snapshot(ctx, o.ref, d, platform)
+	})
+}
+
+// holdImage has an image brought and holds it.
+func (j *job) holdImage(ctx context.Context, key string, bring func() (layout.SnapshotKey, error)) (outputs, error) {
 	for try := 1; ; try++ {
-		snap, err := o.j.req.Images.Snapshot(ctx, o.ref, d, platform)
+		snap, err := bring()
 		if err != nil {
 			return outputs{}, err
 		}
 		out := outputs{key: key, snapshots: []layout.SnapshotKey{snap}}
-		err = o.j.hold(ctx, out.snapshots)
+		err = j.hold(ctx, out.snapshots)
 		if try == holdTries || !errors.Is(err, errdefs.ErrNotFound) {
 			return out, err
 		}

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/session/auth"
@@ -105,14 +107,35 @@ func (b baseImages) credentials(build context.Context) image.Credentials {
 	}
 }
 
+// ResolveIn implements builder.Images.
+func (b baseImages) ResolveIn(ctx context.Context, from builder.Foreign, d digest.Digest, platform ocispec.Platform) ([]byte, error) {
+	r, err := b.e.images.ResolveIn(ctx, image.Foreign(from), d, platforms.Only(platform))
+	return r.JSON, err
+}
+
+// SnapshotIn implements builder.Images.
+func (b baseImages) SnapshotIn(ctx context.Context, from builder.Foreign, d digest.Digest, platform ocispec.Platform, holder layout.Node) (layout.SnapshotKey, error) {
+	return b.e.images.PullFrom(ctx, image.Foreign(from), d, holder, image.PullOptions{Platform: platforms.Only(platform)})
+}
+
 // Push implements builder.Images.
 func (b baseImages) Push(ctx context.Context, name string, target ocispec.Descriptor, byDigest bool) error {
 	ref, err := image.ParseRef(name)
 	if err != nil {
 		return err
 	}
-	_, err = b.imagesFor(ctx, ref).Push(ctx, ref, image.PushOptions{ByDigest: byDigest})
+	_, err = b.imagesFor(ctx, ref).PushTarget(ctx, ref, target, image.PushOptions{ByDigest: byDigest})
 	return err
+}
+
+// Origin implements builder.Images.
+func (b baseImages) Origin(ctx context.Context, name string) (builder.Foreign, ocispec.Descriptor, error) {
+	ref, err := image.ParseRef(name)
+	if err != nil {
+		return builder.Foreign{}, ocispec.Descriptor{}, err
+	}
+	from, desc, err := b.imagesFor(ctx, ref).Origin(ctx, ref)
+	return builder.Foreign(from), desc, err
 }
 
 // Resolve implements builder.Images.
@@ -150,8 +173,9 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 			candidates = append(candidates, tagged.String())
 		}
 	}
+	match := platforms.Only(platform)
 	for _, c := range candidates {
-		d, err := b.e.unpacked(ctx, c)
+		d, err := b.e.unpackedFor(ctx, c, match)
 		if err == nil && d.Target.Digest == resolved {
 			return d.Snapshot, b.e.images.Touch(ctx, c)
 		}
@@ -159,13 +183,13 @@ func (b baseImages) Snapshot(ctx context.Context, name string, resolved digest.D
 			return "", err
 		}
 	}
-	options := image.PullOptions{Platform: platforms.Only(platform)}
+	options := image.PullOptions{Platform: match}
 	for try := 1; ; try++ {
 		pulled, err := b.imagesFor(ctx, ref).Pull(ctx, ref, options)
 		if err != nil {
 			return "", err
 		}
-		d, err := b.e.images.Inspect(ctx, pulled.Name)
+		d, err := b.e.images.InspectFor(ctx, pulled.Name, match)
 		if try == useTries || !errors.Is(err, errdefs.ErrNotFound) {
 			return d.Snapshot, err
 		}
@@ -180,9 +204,23 @@ func (k *Keeper) Worker() buildkit.Worker {
 	}
 }
 
-// Solve implements buildkit.Backend.
+// Solve implements buildkit.Backend. BuildKit's clients do not know of a store
+// that is opened again: a build that was cut off by it is carried out once more,
+// if it is all here.
 func (k *Keeper) Solve(ctx context.Context, req builder.Request) (builder.Response, error) {
-	return call(ctx, k, func(ctx context.Context, e *Engine) (builder.Response, error) { return e.Solve(ctx, req) })
+	solve := func(ctx context.Context, e *Engine) (builder.Response, error) { return e.Solve(ctx, req) }
+	out, err := call(ctx, k, solve)
+	if errors.Is(err, varve.ErrReopened) && ctx.Err() == nil && req.Run == nil && staysHere(req.Exports) {
+		k.notice(fmt.Sprintf("a build is carried out once more: %v", err))
+		return call(ctx, k, solve)
+	}
+	return out, err
+}
+
+// staysHere tells whether exports send their client nothing, which it may have
+// had in part.
+func staysHere(exports []builder.Export) bool {
+	return !slices.ContainsFunc(exports, func(e builder.Export) bool { return e.Type != client.ExporterImage })
 }
 
 // CacheUsage implements buildkit.Backend.
@@ -247,4 +285,14 @@ func (e *Engine) PruneCache(ctx context.Context, req client.PruneInfo, gone func
 		}
 	}
 	return nil
+}
+
+// BlobInfo implements buildkit.Backend.
+func (k *Keeper) BlobInfo(ctx context.Context, d digest.Digest) (content.Info, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (content.Info, error) { return e.blobs.Info(ctx, d) })
+}
+
+// BlobReader implements buildkit.Backend.
+func (k *Keeper) BlobReader(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	return call(ctx, k, func(ctx context.Context, e *Engine) (content.ReaderAt, error) { return e.blobs.ReaderAt(ctx, desc) })
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"varve.dev/api/varve"
@@ -119,14 +120,19 @@ func (e *Engine) imageToRun(ctx context.Context, req varve.CreateRequest, progre
 
 // unpacked looks at an image that is to be used, and unpacks it if it was not.
 func (e *Engine) unpacked(ctx context.Context, what string) (image.Details, error) {
-	d, err := e.images.Inspect(ctx, what)
+	return e.unpackedFor(ctx, what, nil)
+}
+
+// unpackedFor is unpacked for a platform; nil stands for this machine's.
+func (e *Engine) unpackedFor(ctx context.Context, what string, platform platforms.MatchComparer) (image.Details, error) {
+	d, err := e.images.InspectFor(ctx, what, platform)
 	if err != nil || d.Snapshot != "" || len(d.Image.RootFS.DiffIDs) == 0 {
 		return d, err
 	}
-	if err := e.images.Unpack(ctx, what); err != nil {
+	if err := e.images.Unpack(ctx, what, platform); err != nil {
 		return d, err
 	}
-	return e.images.Inspect(ctx, what)
+	return e.images.InspectFor(ctx, what, platform)
 }
 
 // specOf merges what the caller wants with what the image says, by docker's

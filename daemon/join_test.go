@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"varve.dev/api/varve"
 	"varve.dev/errdefs"
 	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
@@ -84,12 +83,12 @@ func TestGuestsOfAnEmbeddedStore(t *testing.T) {
 // finish.
 func TestGuestsOfADaemonThatEnds(t *testing.T) {
 	p := testPlace(t)
-	e, err := Open(t.Context(), Options{Root: p.Root, State: p.State})
+	k, err := Keep(t.Context(), Options{Root: p.Root, State: p.State}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	socket := filepath.Join(p.State, DaemonSocket)
-	server, err := Listen(socket, varve.Handler(e))
+	server, err := Listen(socket, k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +110,7 @@ func TestGuestsOfADaemonThatEnds(t *testing.T) {
 	if err := guest.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if err := errors.Join(<-ended, e.Close(t.Context())); err != nil {
+	if err := errors.Join(<-ended, k.Close(t.Context())); err != nil {
 		t.Error(err)
 	}
 }

@@ -82,7 +82,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 func TestCallsWhileReopening(t *testing.T) {
 	p := testPlace(t)
 	k := keep(t, p)
-	server, err := Listen(filepath.Join(p.State, DaemonSocket), Handler(k.Keeper))
+	server, err := Listen(filepath.Join(p.State, DaemonSocket), k.Keeper)
 	if err != nil {
 		t.Fatal(err)
 	}

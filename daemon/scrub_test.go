@@ -132,7 +132,7 @@ func TestMetrics(t *testing.T) {
 		return c != nil && c.Findings == 1
 	})
 	answer := httptest.NewRecorder()
-	Handler(k.Keeper).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, MetricsPath, nil))
+	handler(k.Keeper).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, MetricsPath, nil))
 	for _, line := range []string{"varve_check_findings 1\n", "varve_check_losses 1\n", "varve_check_healed 0\n", "varve_check_finished_timestamp_seconds 1.", "varve_build_info{", `varve_space_bytes{of="metadata"} `, "varve_space_free_bytes ", "process_resident_memory_bytes "} {
 		if !strings.Contains(answer.Body.String(), "\n"+line) {
 			t.Errorf("no %q in: %d\n%s", line, answer.Code, answer.Body)

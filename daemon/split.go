@@ -12,6 +12,7 @@ type splitter struct {
 	listener     net.Listener
 	http1, http2 *half
 	ended        chan struct{}
+	close        func() error
 }
 
 // half is a listener that gets some of another's connections.
@@ -31,7 +32,8 @@ const beginWait = 10 * time.Second
 
 // split accepts connections until the listener is closed.
 func split(l net.Listener) *splitter {
-	s := &splitter{listener: l, ended: make(chan struct{})}
+	// Two servers end; the second one need not be told that the first was faster.
+	s := &splitter{listener: l, ended: make(chan struct{}), close: sync.OnceValue(l.Close)}
 	s.http1 = &half{of: s, conns: make(chan net.Conn), over: make(chan struct{})}
 	s.http2 = &half{of: s, conns: make(chan net.Conn), over: make(chan struct{})}
 	go func() {
@@ -90,7 +92,7 @@ func (h *half) Accept() (net.Conn, error) {
 // Close ends this half, and accepting with it.
 func (h *half) Close() error {
 	h.once.Do(func() { close(h.over) })
-	return h.of.listener.Close()
+	return h.of.close()
 }
 
 func (h *half) Addr() net.Addr { return h.of.listener.Addr() }

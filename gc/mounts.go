@@ -118,6 +118,15 @@ func (c *Collector) dropMounts(ctx context.Context, bytes int64, before time.Tim
 	return n, freed, errors.Join(err, ctx.Err())
 }
 
+// DropMount removes a cache mount, if there is one and nobody uses it.
+func (c *Collector) DropMount(ctx context.Context, key string) error {
+	if _, err := os.Lstat(c.Root.Path(layout.CacheMountPath(key))); err != nil {
+		return nil
+	}
+	_, err := c.dropMount(ctx, key)
+	return err
+}
+
 // dropMount moves a cache mount to the trash, and returns its bytes; -1 if it is
 // in use.
 func (c *Collector) dropMount(ctx context.Context, key string) (int64, error) {

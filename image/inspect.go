@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -56,6 +57,14 @@ func (s *Store) localPick(ctx context.Context, target ocispec.Descriptor) (*pick
 		return p, nil
 	}
 	return nil, err
+}
+
+// pickFor is localPick, or the manifest for a platform.
+func (s *Store) pickFor(ctx context.Context, target ocispec.Descriptor, platform platforms.MatchComparer) (*picked, error) {
+	if platform == nil {
+		return s.localPick(ctx, target)
+	}
+	return pick(ctx, newDocuments(s, nil).read, target, platform)
 }
 
 // pickPresent goes down from an index to the first manifest that was fetched.
@@ -119,11 +128,17 @@ func (sum *Summary) fill(p *picked) {
 // Inspect returns everything about the image that what names. Errors: those
 // of [Store.Find]; Corrupt for documents that are damaged.
 func (s *Store) Inspect(ctx context.Context, what string) (Details, error) {
+	return s.InspectFor(ctx, what, nil)
+}
+
+// InspectFor is Inspect for a platform; nil stands for this machine's, or
+// whichever is here. Errors: ErrNotFound if the image is here for others only.
+func (s *Store) InspectFor(ctx context.Context, what string, platform platforms.MatchComparer) (Details, error) {
 	found, err := s.Find(ctx, what)
 	if err != nil {
 		return Details{}, err
 	}
-	p, err := s.localPick(ctx, found.Target)
+	p, err := s.pickFor(ctx, found.Target, platform)
 	if err != nil {
 		return Details{}, err
 	}

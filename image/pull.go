@@ -61,29 +61,50 @@ func (s *Store) Pull(ctx context.Context, ref Ref, options PullOptions) (Pulled,
 	if err != nil {
 		return Pulled{}, err
 	}
+	return s.pull(ctx, wanted{name: ref.String(), familiar: ref.Familiar(), origin: ref.Repository(), target: target}, repo, options)
+}
+
+// wanted is an image that is to be brought.
+type wanted struct {
+	name     string // that it gets; "" if it is held by holder alone
+	familiar string // for people
+	origin   string // repository that its blobs can be had from again; "" for none
+	target   ocispec.Descriptor
+	holder   layout.Node
+}
+
+func (s *Store) pull(ctx context.Context, w wanted, repo *Repository, options PullOptions) (Pulled, error) {
 	docs := newDocuments(s, repo)
-	p, err := pick(ctx, docs.read, target, options.Platform)
+	p, err := pick(ctx, docs.read, w.target, options.Platform)
 	if err != nil {
-		return Pulled{}, fmt.Errorf("pull %s: %w", ref.Familiar(), err)
+		return Pulled{}, fmt.Errorf("pull %s: %w", w.familiar, err)
 	}
-	done := Pulled{Name: ref.String(), Summary: Summary{Target: target, Names: []string{ref.String()}}}
+	done := Pulled{Name: w.name, Summary: Summary{Target: w.target, Names: []string{w.name}}}
 	done.fill(p)
-	if whole, err := s.isWhole(ctx, ref.String(), p); err != nil {
+	if whole, err := s.isWhole(ctx, w.name, p); err != nil {
 		return done, err
 	} else if whole {
-		return done, errors.Join(s.Touch(ctx, ref.String()), s.db.Settle(ctx))
+		if w.name == "" {
+			return done, nil
+		}
+		return done, errors.Join(s.Touch(ctx, w.name), s.db.Settle(ctx))
 	}
 	done.Fresh = true
-	a, err := s.assemble(ctx, "pull "+ref.Familiar(), ref.Repository(), p.blobs())
+	a, err := s.assemble(ctx, "pull "+w.familiar, w.origin, p.blobs())
 	if err != nil {
 		return Pulled{}, err
 	}
 	if err := a.bring(ctx, p, docs, repo, options); err != nil {
 		return Pulled{}, a.abandon(err)
 	}
+	edges := p.edges(a.has)
+	if w.name == "" {
+		held := layout.Edge{Parent: w.holder, Rel: layout.RelHolds, Child: layout.BlobNode(layout.BlobDigest(w.target.Digest))}
+		return done, a.publish(ctx, nil, append(edges, held))
+	}
 	now := time.Now().UTC()
-	name := layout.ImageMake{Name: ref.String(), Record: layout.ImageRecord{Target: target, Created: now, Updated: now}}
-	return done, a.publish(ctx, []layout.ImageMake{name}, p.edges(a.has))
+	name := layout.ImageMake{Name: w.name, Record: layout.ImageRecord{Target: w.target, Created: now, Updated: now}}
+	return done, a.publish(ctx, []layout.ImageMake{name}, edges)
 }
 
 func (a *assembly) bring(ctx context.Context, p *picked, docs *documents, repo *Repository, options PullOptions) error {
@@ -118,23 +139,26 @@ func (s *Store) target(ctx context.Context, ref Ref) (ocispec.Descriptor, error)
 	return s.remotes.Resolve(ctx, ref)
 }
 
-// isWhole tells whether name stands for p's target and nothing of it is
-// missing.
+// isWhole tells whether name stands for p's target, if there is to be one, and
+// nothing of it is missing.
 func (s *Store) isWhole(ctx context.Context, name string, p *picked) (bool, error) {
 	whole := false
 	err := s.db.View(ctx, func(tx *metadata.Tx) error {
-		rec, err := tx.Images().Get(name)
-		if errors.Is(err, errdefs.ErrNotFound) {
-			return nil
-		}
-		if err != nil || rec.Target.Digest != p.target().Digest {
-			return err
+		if name != "" {
+			rec, err := tx.Images().Get(name)
+			if errors.Is(err, errdefs.ErrNotFound) {
+				return nil
+			}
+			if err != nil || rec.Target.Digest != p.target().Digest {
+				return err
+			}
 		}
 		for _, d := range p.documents() {
 			if !tx.Blobs().Has(layout.BlobDigest(d.Digest)) {
 				return nil
 			}
 		}
+		var err error
 		whole, err = s.hasLayers(tx, p)
 		return err
 	})

@@ -44,11 +44,16 @@ func (s *Store) Push(ctx context.Context, ref Ref, options PushOptions) (ocispec
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	return s.PushTarget(ctx, ref, rec.Target, options)
+}
+
+// PushTarget is Push for what need not have a name in the store.
+func (s *Store) PushTarget(ctx context.Context, ref Ref, target ocispec.Descriptor, options PushOptions) (ocispec.Descriptor, error) {
 	if options.Parallel <= 0 {
 		options.Parallel = defaultParallel
 	}
 	docs := newDocuments(s, nil)
-	what, err := s.whole(ctx, docs, rec.Target)
+	what, err := s.whole(ctx, docs, target)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

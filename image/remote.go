@@ -206,12 +206,12 @@ func (r *Remotes) Repository(ctx context.Context, ref Ref) (*Repository, error) 
 	if err != nil {
 		return nil, remoteError("registry of "+ref.Familiar(), err)
 	}
-	return &Repository{ref: ref, fetcher: fetcher, patience: r.options.Patience}, nil
+	return &Repository{name: ref.FamiliarRepository(), fetcher: fetcher, patience: r.options.Patience}, nil
 }
 
 // Repository is where an image's blobs come from.
 type Repository struct {
-	ref      Ref
+	name     string // for people
 	fetcher  remotes.Fetcher
 	patience Patience
 }

@@ -30,7 +30,7 @@ const enoughProgress = 64 << 10
 func (r *Repository) Open(ctx context.Context, desc ocispec.Descriptor, offset int64) io.ReadCloser {
 	return &stream{
 		ctx: quiet(ctx), desc: desc, at: offset, progress: time.Now(), patience: r.patience,
-		what: fmt.Sprintf("blob %s of %s", desc.Digest, r.ref.FamiliarRepository()),
+		what: fmt.Sprintf("blob %s of %s", desc.Digest, r.name),
 		open: func(ctx context.Context, at int64) (io.ReadCloser, error) { return r.openAt(ctx, desc, at) },
 	}
 }

@@ -211,6 +211,9 @@ type CacheRecord struct {
 	Took time.Duration `json:"took,omitempty"`
 	// Description is for people: the step's name in the Dockerfile.
 	Description string `json:"description,omitempty"`
+	// Note is what a source's step keeps to ask by, the next time, whether the
+	// result is still good.
+	Note string `json:"note,omitempty"`
 }
 
 // IngestRecord is the file [IngestInfo] of an unfinished blob. It is synced

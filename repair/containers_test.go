@@ -14,6 +14,7 @@ import (
 
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 )
 
@@ -70,9 +71,9 @@ func TestRunningContainer(t *testing.T) {
 	h := newHost(t)
 	h.with(t, func(ctx context.Context, e *daemon.Engine) {
 		for _, name := range []string{"second:1", "third:1"} {
-			_, err := e.Build(ctx, varve.BuildRequest{
-				DockerfileBytes: []byte("FROM " + h.remote + "/busybox:1\nRUN echo " + name + " >/name\n"), Tags: []string{name}, Network: "none",
-			}, varve.BuildContext{Dir: t.TempDir()}, nil)
+			_, err := testbuild.Run(ctx, e, testbuild.Build{
+				Name: name, Dockerfile: "FROM " + h.remote + "/busybox:1\nRUN echo " + name + " >/name\n", Network: "none",
+			})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -15,6 +15,7 @@ import (
 	"varve.dev/daemon"
 	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -87,10 +88,9 @@ func TestHealsFromTheRegistry(t *testing.T) {
 func TestHealsFromAnotherLayer(t *testing.T) {
 	h := newHost(t)
 	h.with(t, func(ctx context.Context, e *daemon.Engine) {
-		_, err := e.Build(ctx, varve.BuildRequest{
-			DockerfileBytes: []byte("FROM scratch\nCOPY --from=" + h.remote + "/stacked:1 /" + victimFile + " /copy\n"),
-			Tags:            []string{"twin:1"},
-		}, varve.BuildContext{Dir: t.TempDir()}, nil)
+		_, err := testbuild.Run(ctx, e, testbuild.Build{
+			Name: "twin:1", Dockerfile: "FROM scratch\nCOPY --from=" + h.remote + "/stacked:1 /" + victimFile + " /copy\n",
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -127,11 +127,16 @@ func TestNobodyHasIt(t *testing.T) {
 		if c := errdefs.AsCorrupt(create(ctx, e)); c == nil || c.Invariant != "L4" {
 			t.Errorf("a container of it: %v", c)
 		}
-		_, err := e.Build(ctx, varve.BuildRequest{DockerfileBytes: []byte("FROM " + image + "\nWORKDIR /new\n"), Tags: []string{"x:1"}}, varve.BuildContext{Dir: t.TempDir()}, nil)
+		_, err := testbuild.Run(ctx, e, testbuild.Build{Name: "x:1", Dockerfile: "FROM " + image + "\nWORKDIR /new\n"})
 		if err == nil || !strings.Contains(err.Error(), "L4") {
 			t.Errorf("a build on it: %v", err)
 		}
 	})
+	for id, hash := range h.hash(t) {
+		if h.trees[id] == "" { // what the build was sent
+			h.trees[id] = hash
+		}
+	}
 	h.startRegistry(t)
 	h.with(t, func(ctx context.Context, e *daemon.Engine) {
 		h.pull(t, e, "stacked:1")

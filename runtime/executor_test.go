@@ -86,7 +86,7 @@ func run(t *testing.T, spec runtime.Spec, args ...string) (runtime.Exit, string)
 	spec.Args = args
 	var out bytes.Buffer
 	x := runtime.Executor{Shim: path, Dir: t.TempDir()}
-	exit, err := x.Run(t.Context(), spec, &out, &out)
+	exit, err := x.Run(t.Context(), spec, runtime.Streams{Out: &out, Err: &out})
 	if err != nil {
 		t.Fatalf("%v: %s", err, out.String())
 	}
@@ -222,7 +222,7 @@ func TestCancelLeavesNothing(t *testing.T) {
 	defer cancel()
 	begin := time.Now()
 	x := runtime.Executor{Shim: path, Dir: t.TempDir()}
-	if _, err := x.Run(ctx, spec, os.Stdout, os.Stderr); err == nil {
+	if _, err := x.Run(ctx, spec, runtime.Streams{Out: os.Stdout, Err: os.Stderr}); err == nil {
 		t.Error("a cancelled step ended well")
 	}
 	if d := time.Since(begin); d > 10*time.Second {

@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"time"
 
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins/services/content/contentserver"
 	control "github.com/moby/buildkit/api/services/control"
 	apitypes "github.com/moby/buildkit/api/types"
 	"github.com/moby/buildkit/client"
@@ -14,6 +17,7 @@ import (
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/grpchijack"
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
@@ -32,6 +36,9 @@ type Backend interface {
 	CacheUsage(ctx context.Context) ([]client.UsageInfo, error)
 	// PruneCache removes from the build cache and tells what went.
 	PruneCache(ctx context.Context, req client.PruneInfo, gone func(client.UsageInfo)) error
+	// BlobInfo and BlobReader read the store's blobs.
+	BlobInfo(ctx context.Context, d digest.Digest) (content.Info, error)
+	BlobReader(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error)
 	// Worker describes the builder.
 	Worker() Worker
 }
@@ -65,6 +72,7 @@ func New(backend Backend) (*Server, error) {
 func (s *Server) Register(server *grpc.Server) {
 	control.RegisterControlServer(server, s)
 	s.registerGateway(server)
+	contentapi.RegisterContentServer(server, contentserver.New(&blobStore{Store: readOnly{}, builds: &s.builds, backend: s.backend}))
 }
 
 // Session makes a stream the connection to a client's session: from then on the

@@ -9,6 +9,7 @@ import (
 	control "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client"
 	pb "github.com/moby/buildkit/frontend/gateway/pb"
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"varve.dev/errdefs"
@@ -21,6 +22,8 @@ type builds struct {
 	all     map[string]*build
 	ended   []*build // the oldest first
 	told    []*control.BuildHistoryEvent
+	// firstTold is the number of the first of them.
+	firstTold int
 }
 
 // build is one build, with all that was told of it.
@@ -37,6 +40,7 @@ type build struct {
 	// Of vertices, for the record.
 	vertices map[string]*client.Vertex
 	warnings int
+	blobs    map[digest.Digest][]byte // that the record names
 }
 
 const (
@@ -65,7 +69,7 @@ func (bs *builds) begin(req *control.SolveRequest) (*build, error) {
 		Ref: req.Ref, Frontend: req.Frontend, FrontendAttrs: req.FrontendAttrs, Exporters: req.Exporters, CreatedAt: timestamppb.Now(),
 	}}
 	bs.all[req.Ref] = b
-	bs.changed.Broadcast()
+	bs.announce(b.event())
 	return b, nil
 }
 
@@ -75,12 +79,16 @@ func (bs *builds) end(b *build, response map[string]string, err error) {
 	defer bs.mu.Unlock()
 	b.over = true
 	b.record.CompletedAt = timestamppb.Now()
-	b.record.ExporterResponse = response
+	b.finish(response, err)
 	bs.ended = append(bs.ended, b)
-	if len(bs.ended) > keptBuilds {
-		bs.forget(bs.ended[0])
+	for i := 0; len(bs.ended) > keptBuilds && i < len(bs.ended); {
+		if bs.ended[i].record.Pinned {
+			i++
+			continue
+		}
+		bs.forget(bs.ended[i])
 	}
-	bs.changed.Broadcast()
+	bs.announce(b.event())
 }
 
 // forget drops a build that is over. Callers hold mu.

@@ -185,7 +185,7 @@ func step(dir, rootfs, shim string, spec runtime.Spec) func() error {
 		number++
 		spec.ID = fmt.Sprintf("start%d", number)
 		spec.Rootfs = overlay.Tree{Lowers: []string{rootfs}}
-		exit, err := x.Run(context.Background(), spec, io.Discard, os.Stderr)
+		exit, err := x.Run(context.Background(), spec, runtime.Streams{Out: io.Discard, Err: os.Stderr})
 		if err == nil && exit.Code != 0 {
 			err = fmt.Errorf("exit code %d: %s", exit.Code, exit.Error)
 		}

@@ -360,27 +360,18 @@ func (b *Bridge) StatFile(ctx context.Context, req *pb.StatFileRequest) (*pb.Sta
 // ResolveImageConfig finds an image.
 func (b *Bridge) ResolveImageConfig(ctx context.Context, req *pb.ResolveImageConfigRequest) (*pb.ResolveImageConfigResponse, error) {
 	opt := sourceresolver.Opt{LogName: req.LogName, SourcePolicies: req.SourcePolicies}
-	scheme := "docker-image://"
 	if sourceresolver.ResolverType(req.ResolverType) == sourceresolver.ResolverTypeOCILayout {
-		scheme = "oci-layout://"
 		opt.OCILayoutOpt = &sourceresolver.ResolveOCILayoutOpt{
 			Store: sourceresolver.ResolveImageConfigOptStore{SessionID: req.SessionID, StoreID: req.StoreID}, Platform: platform(req.Platform),
 		}
 	} else {
 		opt.ImageOpt = &sourceresolver.ResolveImageOpt{ResolveMode: req.ResolveMode, Platform: platform(req.Platform)}
 	}
-	m, err := b.client.ResolveSourceMetadata(ctx, &solverpb.SourceOp{Identifier: scheme + req.Ref}, opt)
+	ref, d, config, err := b.client.ResolveImageConfig(ctx, req.Ref, opt)
 	if err != nil {
 		return nil, err
 	}
-	if m.Image == nil {
-		return nil, fmt.Errorf("%s is not an image", m.Op.Identifier)
-	}
-	ref := m.Op.Identifier
-	if len(ref) > len(scheme) && ref[:len(scheme)] == scheme {
-		ref = ref[len(scheme):]
-	}
-	return &pb.ResolveImageConfigResponse{Ref: ref, Digest: m.Image.Digest.String(), Config: m.Image.Config}, nil
+	return &pb.ResolveImageConfigResponse{Ref: ref, Digest: d.String(), Config: config}, nil
 }
 
 func platform(p *solverpb.Platform) *ocispec.Platform {

@@ -75,7 +75,12 @@ func configure(rootfs string, s *runtime.Spec) (*configs.Config, *libcontainer.P
 	if s.Terminal && !hasName(env, "TERM") {
 		env = append(env, "TERM=xterm")
 	}
+	limits, err := rlimits(s)
+	if err != nil {
+		return nil, nil, err
+	}
 	process := &libcontainer.Process{
+		Rlimits: limits,
 		Args: s.Args, Env: env, Cwd: cwd(s), Init: true,
 		UID: who.Uid, GID: who.Gid, AdditionalGroups: groups(who),
 	}
@@ -175,7 +180,7 @@ func ociSpec(rootfs string, s *runtime.Spec, caps []string) *specs.Spec {
 		Version:  specs.Version,
 		Root:     &specs.Root{Path: rootfs, Readonly: s.ReadOnly || s.Rootfs.Upper == ""},
 		Hostname: s.Hostname,
-		Process:  &specs.Process{Args: s.Args, Cwd: cwd(s), Terminal: s.Terminal, Capabilities: sets, Rlimits: rlimits(s)},
+		Process:  &specs.Process{Args: s.Args, Cwd: cwd(s), Terminal: s.Terminal, Capabilities: sets},
 		Mounts:   mounts(s),
 		Linux: &specs.Linux{
 			CgroupsPath: path.Join("/", cmp.Or(s.CgroupParent, "varve"), s.ID),
@@ -230,13 +235,29 @@ func mounts(s *runtime.Spec) []specs.Mount {
 // defaultShm is the size of /dev/shm, in bytes, as docker has it.
 const defaultShm = 64 << 20
 
-// rlimits are within what this process has itself, which it may not be able to
-// raise.
-func rlimits(s *runtime.Spec) (out []specs.POSIXRlimit) {
+// limitNumbers are those of getrlimit(2) by docker's names.
+var limitNumbers = map[string]int{
+	"as": unix.RLIMIT_AS, "core": unix.RLIMIT_CORE, "cpu": unix.RLIMIT_CPU, "data": unix.RLIMIT_DATA, "fsize": unix.RLIMIT_FSIZE,
+	"locks": unix.RLIMIT_LOCKS, "memlock": unix.RLIMIT_MEMLOCK, "msgqueue": unix.RLIMIT_MSGQUEUE, "nice": unix.RLIMIT_NICE,
+	"nofile": unix.RLIMIT_NOFILE, "nproc": unix.RLIMIT_NPROC, "rss": unix.RLIMIT_RSS, "rtprio": unix.RLIMIT_RTPRIO,
+	"rttime": unix.RLIMIT_RTTIME, "sigpending": unix.RLIMIT_SIGPENDING, "stack": unix.RLIMIT_STACK,
+}
+
+// rlimits are kept within what this process has itself, if it may not raise it.
+func rlimits(s *runtime.Spec) (out []configs.Rlimit, err error) {
 	for _, l := range s.Rlimits {
-		out = append(out, specs.POSIXRlimit{Type: "RLIMIT_" + strings.ToUpper(l.Name), Soft: l.Soft, Hard: l.Hard})
+		number, ok := limitNumbers[strings.ToLower(l.Name)]
+		if !ok {
+			return nil, fmt.Errorf("limit %q is unknown", l.Name)
+		}
+		var have unix.Rlimit
+		if err := unix.Getrlimit(number, &have); err == nil && l.Hard > have.Max && unix.Setrlimit(number, &unix.Rlimit{Cur: have.Cur, Max: l.Hard}) != nil {
+			fmt.Fprintf(os.Stderr, "varve-runtime: limit %s of %d is more than this host allows, which is %d\n", l.Name, l.Hard, have.Max)
+			l.Soft, l.Hard = min(l.Soft, have.Max), have.Max
+		}
+		out = append(out, configs.Rlimit{Type: number, Soft: l.Soft, Hard: l.Hard})
 	}
-	return out
+	return out, nil
 }
 
 // cpuPeriod is the kernel's default scheduling period in microseconds.

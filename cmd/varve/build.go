@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/docker/cli/cli/config"
 	"github.com/moby/buildkit/client"
@@ -378,7 +379,8 @@ func (f *buildFlags) build(ctx context.Context, cmd *cobra.Command, g *globals, 
 	if err != nil {
 		return err
 	}
-	c, err := client.New(ctx, "", client.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return j.Dial(ctx) }))
+	w := &wire{dial: j.Dial}
+	c, err := client.New(ctx, "", client.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return w.connect(ctx) }))
 	if err != nil {
 		return fmt.Errorf("builder: %w: %w", err, errdefs.ErrUnavailable)
 	}
@@ -396,7 +398,8 @@ func (f *buildFlags) build(ctx context.Context, cmd *cobra.Command, g *globals, 
 	counted := &stepCount{seen: map[string]bool{}}
 	go func() {
 		defer close(shown)
-		_, _ = display.UpdateFrom(ctx, counted.through(events))
+		// To the end: a build that is called off tells of that too.
+		_, _ = display.UpdateFrom(context.WithoutCancel(ctx), counted.through(events))
 	}()
 	if f.check {
 		f.call = "check"
@@ -404,12 +407,12 @@ func (f *buildFlags) build(ctx context.Context, cmd *cobra.Command, g *globals, 
 	if f.call != "build" && f.call != "" {
 		err = f.ask(ctx, cmd, c, opt, events)
 		<-shown
-		return tellBuild(cmd, err)
+		return tellBuild(cmd, w.explain(ctx, err))
 	}
 	res, err := c.Solve(ctx, nil, opt, events)
 	<-shown
 	if err != nil {
-		return tellBuild(cmd, err)
+		return tellBuild(cmd, w.explain(ctx, err))
 	}
 	return f.report(cmd, res, counted)
 }
@@ -431,6 +434,47 @@ func (f *buildFlags) ask(ctx context.Context, cmd *cobra.Command, c *client.Clie
 		}
 		return res, err
 	}, events)
+	return err
+}
+
+// wire is the way to the builder.
+type wire struct {
+	dial func(context.Context) (net.Conn, error)
+	cut  atomic.Bool // by the other side
+}
+
+func (w *wire) connect(ctx context.Context) (net.Conn, error) {
+	conn, err := w.dial(ctx)
+	if err != nil {
+		w.cut.Store(true) // it was there a moment ago
+		return nil, err
+	}
+	return &wireConn{conn, w}, nil
+}
+
+type wireConn struct {
+	net.Conn
+	w *wire
+}
+
+func (c *wireConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		c.w.cut.Store(true)
+	}
+	return n, err
+}
+
+// explain gives an error of gRPC's the kind that it has for this process.
+func (w *wire) explain(ctx context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("%w: %w", ctx.Err(), err)
+	case w.cut.Load():
+		return fmt.Errorf("%w: %w", varve.ErrCutOff, err)
+	}
 	return err
 }
 

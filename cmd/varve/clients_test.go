@@ -24,8 +24,8 @@ import (
 	"varve.dev/overlay"
 )
 
-// client is another tool that holds images.
-type client struct {
+// tool is another one that holds images.
+type tool struct {
 	name string
 	pull func(t *testing.T, ref string)
 	// load reads an archive that varve has saved; nil: it has no such thing.
@@ -92,9 +92,9 @@ func mounted(t *testing.T, lowers []string, fn func(dir string)) {
 	fn(dir)
 }
 
-func docker(t *testing.T) client { return dockerAt(t, t.TempDir()) }
+func docker(t *testing.T) tool { return dockerAt(t, t.TempDir()) }
 
-func dockerAt(t *testing.T, dir string) client {
+func dockerAt(t *testing.T, dir string) tool {
 	testkit.Need(t, "dockerd", "docker.io")
 	host := "unix://" + dir + "/docker.sock"
 	docker := func(t *testing.T, args ...string) string {
@@ -106,7 +106,7 @@ func dockerAt(t *testing.T, dir string) client {
 	})
 	serve(t, []string{"docker", "-H", host, "version"}, "dockerd", "--data-root", dir+"/data", "--exec-root", dir+"/exec",
 		"--pidfile", dir+"/pid", "-H", host, "--bridge=none", "--iptables=false", "--storage-driver=overlay2")
-	return client{
+	return tool{
 		name: "docker",
 		pull: func(t *testing.T, ref string) { docker(t, "pull", ref) },
 		push: func(t *testing.T, ref string) { docker(t, "push", ref) },
@@ -127,14 +127,14 @@ func dockerAt(t *testing.T, dir string) client {
 	}
 }
 
-func podman(t *testing.T) client {
+func podman(t *testing.T) tool {
 	testkit.Need(t, "podman", "podman")
 	dir := t.TempDir()
 	podman := func(t *testing.T, args ...string) string {
 		return sh(t, "podman", append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "overlay"}, args...)...)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir+"/root/overlay", 0) })
-	return client{
+	return tool{
 		name: "podman",
 		pull: func(t *testing.T, ref string) { podman(t, "pull", "-q", "--tls-verify=false", ref) },
 		push: func(t *testing.T, ref string) { podman(t, "push", "-q", "--tls-verify=false", ref) },
@@ -153,9 +153,9 @@ func podman(t *testing.T) client {
 	}
 }
 
-func containerd(t *testing.T) client { return containerdAt(t, t.TempDir()) }
+func containerd(t *testing.T) tool { return containerdAt(t, t.TempDir()) }
 
-func containerdAt(t *testing.T, dir string) client {
+func containerdAt(t *testing.T, dir string) tool {
 	testkit.Need(t, "containerd", "containerd")
 	sock := dir + "/sock"
 	config := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\n[grpc]\n  address = %q\n", dir+"/root", dir+"/state", sock)
@@ -166,7 +166,7 @@ func containerdAt(t *testing.T, dir string) client {
 	ctr := func(t *testing.T, args ...string) string {
 		return sh(t, "ctr", append([]string{"-a", sock}, args...)...)
 	}
-	return client{
+	return tool{
 		name:   "containerd",
 		pull:   func(t *testing.T, ref string) { ctr(t, "images", "pull", "--plain-http", ref) },
 		push:   func(t *testing.T, ref string) { ctr(t, "images", "push", "--plain-http", ref) },
@@ -325,7 +325,7 @@ func TestClients(t *testing.T) {
 	archive := filepath.Join(t.TempDir(), "varve.tar")
 	h.run("save", "-o", archive, built)
 	// same compares what a client has under the name with what varve built.
-	same := func(t *testing.T, c client) {
+	same := func(t *testing.T, c tool) {
 		t.Helper()
 		c.tree(t, built, func(theirs string) {
 			h.tree(built, func(ours string) { compare(t, listed, ours, theirs) })
@@ -338,7 +338,7 @@ func TestClients(t *testing.T) {
 			h.tree(built, func(ours string) { compare(t, listed, ours, theirs) })
 		})
 	}
-	for _, start := range []func(*testing.T) client{docker, podman, containerd} {
+	for _, start := range []func(*testing.T) tool{docker, podman, containerd} {
 		c := start(t)
 		t.Run(c.name+" pulls what varve pushed", func(t *testing.T) {
 			c.pull(t, built)
@@ -361,7 +361,7 @@ func TestClients(t *testing.T) {
 			again(t, h2)
 		})
 	}
-	for _, start := range []func(*testing.T) client{docker, podman} {
+	for _, start := range []func(*testing.T) tool{docker, podman} {
 		c := start(t)
 		t.Run("varve pulls what "+c.name+" built", func(t *testing.T) {
 			theirs := registry.Ref("by-" + c.name + ":1")
@@ -374,7 +374,7 @@ func TestClients(t *testing.T) {
 			})
 		})
 	}
-	for _, start := range []func(*testing.T) client{docker, podman, containerd} {
+	for _, start := range []func(*testing.T) tool{docker, podman, containerd} {
 		c := start(t) // an empty one
 		t.Run(c.name+" loads what varve saved", func(t *testing.T) {
 			c.load(t, archive)

@@ -273,7 +273,7 @@ func TestBadInput(t *testing.T) {
 		{"no Dockerfile", []string{"build", t.TempDir()}, []string{"Dockerfile"}},
 		{"a Dockerfile that is none", []string{"build", dockerfile(t, "FROM "+name+"\nNONSENSE here\n")}, []string{"NONSENSE", "line 2"}},
 		{"a base that is nowhere", []string{"build", dockerfile(t, "FROM "+strings.Replace(name, "busybox", "nowhere", 1)+"\n")}, []string{"nowhere", "not found"}},
-		{"a step that fails", []string{"build", dockerfile(t, "FROM "+name+"\nRUN true\nRUN exit 3\n")}, []string{"Dockerfile:3", "exit code 3"}},
+		{"a step that fails", []string{"build", dockerfile(t, "FROM "+name+"\nRUN true\nRUN exit 3\n")}, []string{"Dockerfile:3", "exit code: 3"}},
 		{"a name that an image cannot hold", []string{"build", dockerfile(t, "FROM "+name+"\nRUN touch /tmp/.wh.x\n")}, []string{"tmp/.wh.x", "deletion"}},
 		{"a file that is not there", []string{"build", dockerfile(t, "FROM "+name+"\nCOPY nothing /\n")}, []string{"nothing", "not found"}},
 		{"no such directory", []string{"build", "/no/such/directory"}, []string{"/no/such/directory"}},

@@ -18,7 +18,7 @@ import (
 
 // checkedEngine is one whose store varve fsck looks at.
 type checkedEngine struct {
-	start func(t *testing.T, dir string) client
+	start func(t *testing.T, dir string) tool
 	flag  string
 	root  string   // below its folder
 	trees string   // pattern of the folders of layers' trees, below root

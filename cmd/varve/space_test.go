@@ -27,7 +27,9 @@ func TestPruneAndDf(t *testing.T) {
 	h.run("build", "-t", "app:1", dockerfile(t, "FROM "+base+"\nLABEL purpose=test\nRUN --mount=type=cache,target=/c head -c 100000 /dev/urandom > /c/x && head -c 200000 /dev/urandom > /y\n"))
 	h.run("run", "--name", "done", "app:1", "sh", "-c", "head -c 300000 /dev/urandom > /z")
 	u := h.usage()
-	if len(u.EachImage) != 2 || len(u.EachContainer) != 1 || len(u.EachMount) != 1 || len(u.EachResult) != 1 {
+	// The results are a step's, and what the builder was sent: the Dockerfile,
+	// and that there is no .dockerignore.
+	if len(u.EachImage) != 2 || len(u.EachContainer) != 1 || len(u.EachMount) != 1 || len(u.EachResult) != 3 {
 		t.Fatalf("%+v", u)
 	}
 	if c := u.EachContainer[0]; c.Name != "done" || c.Bytes < 300000 || c.Bytes > 400000 || time.Since(c.When) > time.Minute {
@@ -64,7 +66,7 @@ func TestPruneAndDf(t *testing.T) {
 	if out := h.run("builder", "prune", "-f", "--keep-storage", "1GB"); !strings.Contains(out, "reclaimed space: 0B") {
 		t.Errorf("builder prune --keep-storage:\n%s", out)
 	}
-	if out := h.run("system", "prune", "-a", "-f"); !strings.Contains(out, "Untagged: app:1") || !strings.Contains(out, "1 results, 1 cache mounts") {
+	if out := h.run("system", "prune", "-a", "-f"); !strings.Contains(out, "Untagged: app:1") || !strings.Contains(out, "3 results, 1 cache mounts") {
 		t.Errorf("system prune:\n%s", out)
 	}
 	if u := h.usage(); u.Images.Bytes != 0 || u.Cache.Bytes != 0 || u.CacheMounts.Bytes != 0 || u.Trash.Count != 0 {

@@ -22,9 +22,9 @@ var storeys = []storey{
 	{[]string{"content"}, "blobs and ingests"},
 	{[]string{"snapshotter"}, "overlay2 snapshots"},
 	{[]string{"gc", "image", "runtime"}, "what may go, and what there is; names → manifests; containers' specs and shims"},
-	{[]string{"builder/contexttar", "runtime/containers"}, "a build context as a stream; containers in a store"},
+	{[]string{"builder/bridge", "runtime/containers"}, "a build as frontends in other processes use it; containers in a store"},
 	{[]string{"builder", "repair"}, "Dockerfile → LLB → results, build cache, export; what fsck found, made whole"},
-	{[]string{"api/varve"}, "varve's own endpoints: translation only"},
+	{[]string{"api/varve", "api/buildkit"}, "varve's own endpoints; BuildKit's: translation only"},
 	{[]string{"daemon"}, "opens, recovers, wires, shuts down"},
 	{[]string{"cmd/varve", "cmd/varve-runtime"}, "the command; the shim"},
 }
@@ -60,7 +60,7 @@ func Print(w io.Writer) {
 	for i, s := range storeys {
 		fmt.Fprintf(w, "| %d | `%s` | %s |\n", i, strings.Join(s.packages, "`, `"), s.owns)
 	}
-	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures, `internal/faultcall` lets system calls fail, `internal/powercut` cuts the power of a real file system, `internal/corrupt` damages a store; none of them knows varve; `internal/teststore` opens stores for tests and checks what they leave; `internal/crashtest` and `internal/corrupttest` are the campaigns over a whole store; `internal/tables` writes what they measured into these pages.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
+	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures, `internal/faultcall` lets system calls fail, `internal/powercut` cuts the power of a real file system, `internal/corrupt` damages a store; none of them knows varve; `internal/teststore` opens stores for tests and checks what they leave, `internal/testbuild` has Dockerfiles built in them; `internal/crashtest` and `internal/corrupttest` are the campaigns over a whole store; `internal/tables` writes what they measured into these pages.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
 	for _, r := range rules {
 		fmt.Fprintf(w, "| `%s` | `%s` | %s |\n", r.from, r.never, r.reason)
 	}

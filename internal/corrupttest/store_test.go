@@ -18,6 +18,7 @@ import (
 
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 	"varve.dev/runtime"
@@ -133,10 +134,9 @@ RUN --mount=type=cache,target=/cache echo %[2]d >>/cache/log && echo %[2]d >/num
 RUN rm -r /home /bin/busybox.old; chown -R 1000:1000 /some; rm /some/file-1
 LABEL built=here
 `, p.ref(smallName), number)
-		_, err = e.Build(ctx, varve.BuildRequest{
-			DockerfileBytes: []byte(dockerfile), Tags: []string{name},
-			Registry: varve.Registry{PlainHTTPHosts: []string{p.registry.Addr}},
-		}, varve.BuildContext{Dir: files}, nil)
+		_, err = testbuild.Run(ctx, e, testbuild.Build{
+			Name: name, Dockerfile: dockerfile, Dir: files, Registry: varve.Registry{PlainHTTPHosts: []string{p.registry.Addr}},
+		})
 		return err
 	}
 }

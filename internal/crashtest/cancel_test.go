@@ -13,6 +13,7 @@ import (
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/fsck"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
@@ -137,7 +138,6 @@ func buildAnew(ctx context.Context, w *work) error {
 	from := "FROM " + w.remote + "/" + smallName
 	dockerfile := from + " AS files\nRUN echo " + layout.NewID() + " > /here\n" +
 		from + "\nRUN --mount=type=cache,from=files,source=/here,target=/cache cp -r /cache /copy\n"
-	_, err := w.Build(ctx, varve.BuildRequest{DockerfileBytes: []byte(dockerfile), Tags: []string{"anew"}},
-		varve.BuildContext{Dir: filepath.Dir(w.state)}, nil)
+	_, err := testbuild.Run(ctx, w, testbuild.Build{Name: "anew", Dockerfile: dockerfile})
 	return err
 }

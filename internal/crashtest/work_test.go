@@ -17,6 +17,7 @@ import (
 	"varve.dev/daemon"
 	"varve.dev/durable"
 	"varve.dev/internal/powercut"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 	"varve.dev/metadata"
@@ -245,10 +246,9 @@ func (w *work) build(name string, number int) step {
 		dockerfile := from + " AS files\nCOPY file-1* /some/\nRUN rm /some/file-10 && mkdir /ran && echo here >/ran/it\n" +
 			from + fmt.Sprintf("\nCOPY --from=files /some /some\nCOPY file-%d /etc/file\nRUN --mount=type=cache,from=files,source=/some,target=/cache ln /etc/file /etc/same\nLABEL built=here\n", number)
 		return w.change("+"+name, func() error {
-			_, err := w.Build(ctx, varve.BuildRequest{
-				DockerfileBytes: []byte(dockerfile), Tags: []string{name},
-				Registry: varve.Registry{PlainHTTPHosts: []string{w.remote}},
-			}, varve.BuildContext{Dir: files}, nil)
+			_, err := testbuild.Run(ctx, w, testbuild.Build{
+				Name: name, Dockerfile: dockerfile, Dir: files, Registry: varve.Registry{PlainHTTPHosts: []string{w.remote}},
+			})
 			return err
 		})
 	}

@@ -18,6 +18,7 @@ import (
 	"varve.dev/daemon"
 	"varve.dev/errdefs"
 	"varve.dev/gc"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 )
 
@@ -69,7 +70,7 @@ func TestBuildsWithinACap(t *testing.T) {
 }
 
 // build makes build i, which is like no other.
-func build(t *testing.T, e *daemon.Engine, base string, i, worker int) (varve.BuildResult, error) {
+func build(t *testing.T, e *daemon.Engine, base string, i, worker int) (testbuild.Result, error) {
 	dir := t.TempDir()
 	content := make([]byte, 1*mib)
 	random := rand.NewChaCha8([32]byte{byte(i), byte(i >> 8), 1})
@@ -80,10 +81,10 @@ func build(t *testing.T, e *daemon.Engine, base string, i, worker int) (varve.Bu
 		os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(dockerfile), 0o644),
 	)
 	if err != nil {
-		return varve.BuildResult{}, err
+		return testbuild.Result{}, err
 	}
 	// The image of each build takes the name from the one before.
-	return e.Build(t.Context(), varve.BuildRequest{Tags: []string{fmt.Sprintf("app%d:latest", worker)}}, varve.BuildContext{Dir: dir}, nil)
+	return testbuild.Run(t.Context(), e, testbuild.Build{Name: fmt.Sprintf("app%d:latest", worker), Dir: dir})
 }
 
 func load(t *testing.T, e *daemon.Engine, img testkit.Image) string {

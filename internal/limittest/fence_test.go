@@ -13,6 +13,7 @@ import (
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/gc"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
@@ -45,7 +46,7 @@ func (f *fenced) pull(name string) func(context.Context) error {
 }
 
 func (f *fenced) build(ctx context.Context) error {
-	_, err := f.e.Build(ctx, varve.BuildRequest{Tags: []string{"built"}, Registry: varve.Registry{PlainHTTP: true}}, varve.BuildContext{Dir: f.dir}, nil)
+	_, err := testbuild.Run(ctx, f.e, testbuild.Build{Name: "built", Dir: f.dir, Registry: varve.Registry{PlainHTTP: true}})
 	return err
 }
 
