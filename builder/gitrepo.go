@@ -172,7 +172,7 @@ func (r *gitRepo) fetch(ctx context.Context) error {
 	if r.held(ctx) || r.keep(ctx) {
 		return nil
 	}
-	told := r.o.j.progress.part(r.o.v, "fetching "+r.o.redacted())
+	told := r.o.j.progress.part(r.o.v, "fetching "+r.o.redacted(), "fetching")
 	defer told.done()
 	if !gitutil.IsCommitSHA(r.at.ref) && !r.o.byCommit {
 		err := r.take(ctx, "--depth=1", gitRemote, "+"+r.at.ref+":"+gitIncoming)
