@@ -2,26 +2,37 @@ package builder
 
 import (
 	"bytes"
+	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/cgi"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb/sourceresolver"
+	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/session/secrets/secretsprovider"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/util/gitutil/gitobject"
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"varve.dev/errdefs"
+	"varve.dev/internal/teststore"
+	"varve.dev/layout"
 )
 
 // upstream is a repository on a web server.
@@ -89,6 +100,13 @@ func (u *upstream) commit(name, content string) (id string) {
 	return u.git("rev-parse", "HEAD")
 }
 
+// gitBuilder is a builder that has a store and runs nothing.
+func gitBuilder(t *testing.T) *Builder {
+	t.Helper()
+	s := teststore.New(t)
+	return New(Config{Root: s.Root, DB: s.DB, Journal: s.Journal, Blobs: s.Blobs, Snaps: s.Snaps, Scratch: t.TempDir()})
+}
+
 // gitJob is a build that has nothing but a place for repositories.
 func gitJob(b *Builder, log *bytes.Buffer) *job {
 	return &job{b: b, solving: newFlights(), gitNames: map[string]gitAt{}, progress: newProgress(func(s *client.SolveStatus) {
@@ -150,7 +168,7 @@ func testGitCheckout(t *testing.T, format string, smart bool) {
 	tag := u.git("rev-parse", "v1")
 
 	var log bytes.Buffer
-	b := New(Config{Scratch: t.TempDir()})
+	b := gitBuilder(t)
 	for _, c := range []struct {
 		fragment string
 		attrs    []string
@@ -226,7 +244,7 @@ func TestGitNameMoves(t *testing.T) {
 	u := newUpstream(t, "sha1", true)
 	want := u.commit("f", "old")
 	var log bytes.Buffer
-	j := gitJob(New(Config{Scratch: t.TempDir()}), &log)
+	j := gitJob(gitBuilder(t), &log)
 	o, err := u.origin(t, j, "#trunk")
 	if err != nil {
 		t.Fatal(err)
@@ -254,7 +272,7 @@ func TestGitObjects(t *testing.T) {
 	u.git("tag", "light")
 	tag := u.git("rev-parse", "v1")
 	var log bytes.Buffer
-	j := gitJob(New(Config{Scratch: t.TempDir()}), &log)
+	j := gitJob(gitBuilder(t), &log)
 	for _, c := range []struct {
 		fragment, keep string
 		plain, full    sourceresolver.ResolveGitResponse
@@ -304,7 +322,7 @@ func TestGitSubmodules(t *testing.T) {
 	u.git("submodule", "add", "-q", two.url, "mod")
 	second := u.commit("f", "second")
 	var log bytes.Buffer
-	j := gitJob(New(Config{Scratch: t.TempDir()}), &log)
+	j := gitJob(gitBuilder(t), &log)
 	for _, c := range []struct{ fragment, keep, skip, want string }{
 		{first, "false", "false", "of one"}, {second, "false", "false", "of two"}, {first, "false", "false", "of one"},
 		{second, "true", "false", "of two"}, {first, "false", "true", ""}, {first, "true", "true", ""},
@@ -330,7 +348,7 @@ func TestGitSubmoduleOfHost(t *testing.T) {
 	u.git("submodule", "add", "-q", host.dir, "mod")
 	u.commit("f", "one")
 	var log bytes.Buffer
-	o, err := u.origin(t, gitJob(New(Config{Scratch: t.TempDir()}), &log), "")
+	o, err := u.origin(t, gitJob(gitBuilder(t), &log), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -345,13 +363,13 @@ func TestGitSecrets(t *testing.T) {
 	const password = "s3cr3t/pass"
 	u := newUpstream(t, "sha1", true)
 	u.commit("f", "one")
-	u.auth = func(user, got string) bool { return got == password }
+	var locked atomic.Bool
+	u.auth = func(user, got string) bool { return got == password && !locked.Load() }
 	bare := u.url
 	u.url = strings.Replace(u.url, "://", "://someone:s3cr3t%2Fpass@", 1)
 	calls := spyOnGit(t)
 	var log bytes.Buffer
-	scratch := t.TempDir()
-	j := gitJob(New(Config{Scratch: scratch}), &log)
+	j := gitJob(gitBuilder(t), &log)
 	o, err := u.origin(t, j, "", pb.AttrKeepGitDir, "true")
 	if err != nil {
 		t.Fatal(err)
@@ -364,7 +382,7 @@ func TestGitSecrets(t *testing.T) {
 	if err != nil || !strings.Contains(string(config), strings.Replace(bare, "://", "://xxxxx:xxxxx@", 1)) {
 		t.Errorf("config: %s %v", config, err)
 	}
-	u.auth = func(string, string) bool { return false }
+	locked.Store(true)
 	refused, err := u.origin(t, gitJob(j.b, &log), "")
 	if err == nil {
 		_, _, err = checkedOut(t, refused)
@@ -372,10 +390,156 @@ func TestGitSecrets(t *testing.T) {
 	if kindOf(err) != errdefs.ErrUnavailable {
 		t.Error(err)
 	}
+	root := j.b.Root.Path(layout.CacheMountDir)
+	if left, err := exec.Command("grep", "-r", "s3cr3t", root).CombinedOutput(); err == nil || len(left) > 0 {
+		t.Errorf("on disk: %s", left)
+	}
 	seen := map[string]string{"command lines": calls(), "log": log.String(), "error": fmt.Sprint(err), "config": string(config)}
 	for where, text := range seen {
 		if text == "" || strings.Contains(text, "s3cr3t") || strings.Contains(text, "someone") {
 			t.Errorf("%s: %s", where, text)
+		}
+	}
+}
+
+// secretClient is a client that has secrets, and no session.
+type secretClient struct{ of session.Caller }
+
+func (c secretClient) Caller(context.Context, string) (session.Caller, error) { return c.of, nil }
+func (secretClient) ID() string                                               { return "" }
+
+type secretCaller struct {
+	session.Caller
+	conn *grpc.ClientConn
+}
+
+func (c secretCaller) Conn() *grpc.ClientConn                    { return c.conn }
+func (secretCaller) Context(ctx context.Context) context.Context { return ctx }
+
+func withSecrets(t *testing.T, values map[string][]byte) Client {
+	t.Helper()
+	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	secretsprovider.FromMap(values).Register(server)
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(server.Stop)
+	conn, err := grpc.NewClient("unix:"+listener.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return secretClient{secretCaller{conn: conn}}
+}
+
+// A token comes from the client: that for the host before that for any.
+func TestGitToken(t *testing.T) {
+	u := newUpstream(t, "sha1", true)
+	u.commit("f", "one")
+	u.auth = func(user, got string) bool { return user == "x-access-token" && got == "tok3n" }
+	host, err := url.Parse(u.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := spyOnGit(t)
+	var log bytes.Buffer
+	for _, c := range []struct {
+		secrets map[string][]byte
+		kind    error
+	}{
+		{map[string][]byte{"T." + host.Host: []byte("tok3n"), "T": []byte("other"), "H": []byte("basic x")}, nil},
+		{map[string][]byte{"T": []byte("tok3n")}, nil},
+		{map[string][]byte{"H": []byte("Basic " + base64.StdEncoding.EncodeToString([]byte("x-access-token:tok3n")))}, nil},
+		{map[string][]byte{"T": []byte("wrong")}, errdefs.ErrUnavailable},
+		{nil, errdefs.ErrUnavailable},
+	} {
+		j := gitJob(gitBuilder(t), &log)
+		j.req.Client = withSecrets(t, c.secrets)
+		o, err := u.origin(t, j, "", pb.AttrAuthTokenSecret, "T", pb.AttrAuthHeaderSecret, "H")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := checkedOut(t, o); kindOf(err) != c.kind {
+			t.Error(c.secrets, err)
+		}
+	}
+	if text := calls(); !strings.Contains(text, gitAuthVar) || strings.Contains(text, "tok3n") {
+		t.Error(text)
+	}
+}
+
+// ssh knows the hosts that the source says, and no keys of this host.
+func TestGitOverSSH(t *testing.T) {
+	dir := t.TempDir()
+	script := fmt.Sprintf("#!/bin/sh\nfor a; do echo \"$a\"; case $a in UserKnownHostsFile=*) cat ${a#*=};; esac; done >>%s/calls\n", dir)
+	if err := os.WriteFile(filepath.Join(dir, "ssh"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	var log bytes.Buffer
+	u := &upstream{t: t, url: "ssh://git@example.com/a/b.git"}
+	for hosts, want := range map[string]string{"example.com ssh-ed25519 AAAA": "\nexample.com ssh-ed25519 AAAA", "": "UserKnownHostsFile=/dev/null"} {
+		o, err := newGitOrigin(gitJob(gitBuilder(t), &log), &vertex{}, &pb.SourceOp{
+			Identifier: "git://example.com/a/b.git", Attrs: map[string]string{pb.AttrFullRemoteURL: u.url, pb.AttrKnownSSHHosts: hosts},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := checkedOut(t, o); !errors.Is(err, errdefs.ErrUnavailable) {
+			t.Error(err)
+		}
+		data, err := os.ReadFile(filepath.Join(dir, "calls"))
+		if err != nil || !strings.Contains(string(data), want) || !strings.Contains(string(data), "IdentityFile=none") {
+			t.Errorf("known hosts %q: %s %v", hosts, data, err)
+		}
+		if left, err := os.ReadDir(o.j.b.Scratch); err != nil || len(left) > 0 {
+			t.Error(left, err)
+		}
+		if err := os.Remove(filepath.Join(dir, "calls")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o, err := newGitOrigin(gitJob(gitBuilder(t), &log), &vertex{}, &pb.SourceOp{
+		Identifier: "git://example.com/a/b.git", Attrs: map[string]string{pb.AttrFullRemoteURL: u.url, pb.AttrMountSSHSock: "default"},
+	})
+	if err == nil {
+		_, _, err = checkedOut(t, o)
+	}
+	if !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), `no SSH key "default" forwarded`) {
+		t.Error(err)
+	}
+}
+
+// A kept repository that is damaged is made anew.
+func TestGitDamage(t *testing.T) {
+	u := newUpstream(t, "sha1", true)
+	id := u.commit("f", "one")
+	b := gitBuilder(t)
+	for _, damage := range []func(repo string) error{
+		func(string) error { return nil },
+		func(repo string) error { return os.RemoveAll(filepath.Join(repo, "objects/pack")) },
+		func(repo string) error { return os.Truncate(filepath.Join(repo, gitHeld+id), 0) },
+		func(repo string) error { return os.Remove(filepath.Join(repo, "HEAD")) },
+		func(repo string) error { return os.WriteFile(filepath.Join(repo, "index.lock"), nil, 0o600) },
+	} {
+		repos, err := os.ReadDir(b.Root.Path(layout.CacheMountDir))
+		if err != nil || len(repos) > 1 {
+			t.Fatal(repos, err)
+		}
+		for _, r := range repos {
+			if err := damage(b.Root.Path(layout.CacheMountPath(r.Name()))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var log bytes.Buffer
+		o, err := u.origin(t, gitJob(b, &log), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, files, err := checkedOut(t, o); err != nil || files["f"] != "one" {
+			t.Error(files, err)
 		}
 	}
 }

@@ -19,8 +19,11 @@ import (
 	"varve.dev/errdefs"
 )
 
-// checkout puts the files of the commit into dir, which is empty.
+// checkout makes the files of the commit the contents of dir.
 func (r *gitRepo) checkout(ctx context.Context, dir string) error {
+	if err := r.failed("check out", empty(dir)); err != nil {
+		return err
+	}
 	subdir := relative(r.o.subdir)
 	tree := dir
 	if subdir != "." {
@@ -39,40 +42,55 @@ func (r *gitRepo) checkout(ctx context.Context, dir string) error {
 	return err
 }
 
-// files checks out into tree, with a .git of its own or without. Submodules
-// are kept too. What is kept may be of another URL than this commit has for
-// it; then it is of no use, and all is done once more without it.
+// files checks out into tree, with a .git of its own or without.
 func (r *gitRepo) files(ctx context.Context, tree string, dotGit bool) error {
-	if dotGit {
-		own, err := r.clone(ctx, tree)
-		if err != nil {
-			return err
-		}
-		return r.submodules(ctx, own, tree)
+	if !dotGit {
+		return r.bare(ctx, tree)
 	}
-	kept := filepath.Join(r.dir, "modules")
-	_, none := os.Stat(kept)
-	err := r.bare(ctx, tree)
+	own, err := r.clone(ctx, tree)
+	if err != nil {
+		return err
+	}
+	return r.submodules(ctx, own)
+}
+
+// bare checks out without a .git. Submodules are kept with the repository. A
+// kept one may be of another URL than this commit has for it; then it is of no
+// use, and all is done once more without it.
+func (r *gitRepo) bare(ctx context.Context, tree string) (err error) {
+	modules := filepath.Join(r.dir, "modules")
+	defer func() {
+		err = errors.Join(err, r.configure(""))
+		if len(credentials(r.o.remote)) > 0 {
+			// They are in the URLs of submodules that are beside the remote.
+			err = errors.Join(err, r.failed("check out", os.RemoveAll(modules)))
+		}
+	}()
+	_, none := os.Lstat(modules)
+	err = r.bareOnce(ctx, tree)
 	if err == nil || none != nil || ctx.Err() != nil {
 		return err
 	}
-	if err := r.failed("check out", errors.Join(os.RemoveAll(kept), empty(tree), r.reset())); err != nil {
+	if err := r.failed("check out", errors.Join(os.RemoveAll(modules), empty(tree))); err != nil {
 		return err
 	}
-	return r.bare(ctx, tree)
+	return r.bareOnce(ctx, tree)
 }
 
-// bare checks out without a .git. The index is of the kept repository, and of
-// the last checkout, which was somewhere else.
-func (r *gitRepo) bare(ctx context.Context, tree string) error {
+// bareOnce: the index is the kept repository's, of the last checkout, which was
+// somewhere else.
+func (r *gitRepo) bareOnce(ctx context.Context, tree string) error {
 	if err := os.Remove(filepath.Join(r.dir, "index")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return r.failed("check out", err)
+	}
+	if err := r.configure(r.o.remote); err != nil {
+		return err
 	}
 	into := r.with(gitutil.WithDir(tree), gitutil.WithWorkTree(tree))
 	if _, err := into.run(ctx, "check out", "read-tree", "--reset", "-u", r.at.id); err != nil {
 		return err
 	}
-	if err := r.submodules(ctx, into, tree); err != nil || r.o.noSubmodules {
+	if err := r.submodules(ctx, into); err != nil || r.o.noSubmodules {
 		return err
 	}
 	return r.failed("check out", removeLinks(tree))
@@ -106,7 +124,7 @@ func (r *gitRepo) clone(ctx context.Context, tree string) (*gitCommand, error) {
 	return own, nil
 }
 
-func (r *gitRepo) submodules(ctx context.Context, in *gitCommand, tree string) error {
+func (r *gitRepo) submodules(ctx context.Context, in *gitCommand) error {
 	if r.o.noSubmodules {
 		return nil
 	}

@@ -41,22 +41,28 @@ type gitCommand struct {
 }
 
 // command makes what git needs to reach the source. The caller ends it.
-func (o *gitOrigin) command(ctx context.Context) (c *gitCommand, err error) {
-	c = &gitCommand{o: o, secrets: credentials(o.remote), env: []string{
+func (o *gitOrigin) command(ctx context.Context) (*gitCommand, error) {
+	c := &gitCommand{o: o, secrets: credentials(o.remote), env: []string{
 		"GIT_CEILING_DIRECTORIES=" + o.j.b.Scratch, // no repository but those that are named
 		gitURLVar + "=" + o.remote,
 	}}
-	defer func() {
-		if err != nil {
-			c.end()
-		}
-	}()
-	options := []gitutil.Option{
+	options, err := c.reach(ctx)
+	if err != nil {
+		c.end()
+		return nil, err
+	}
+	c.cli = gitutil.NewGitCLI(append(options,
 		gitutil.WithGitAdvice(o.advice), gitutil.WithExec(c.exec), gitutil.WithDir(o.j.b.Scratch),
 		// Nothing of a repository is run, and nothing is left running.
 		gitutil.WithArgs("-c", "core.hooksPath="+os.DevNull, "-c", "gc.auto=0", "-c", "maintenance.auto=false"),
-	}
-	auth, err := o.authorization(ctx)
+	)...)
+	return c, nil
+}
+
+// reach makes what authenticates the client to the source, and the source to
+// git.
+func (c *gitCommand) reach(ctx context.Context) (options []gitutil.Option, err error) {
+	auth, err := c.o.authorization(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -64,24 +70,23 @@ func (o *gitOrigin) command(ctx context.Context) (c *gitCommand, err error) {
 		_, value, _ := strings.Cut(auth, " ")
 		c.secrets = append(c.secrets, auth, value)
 		c.env = append(c.env, gitAuthVar+"=Authorization: "+auth)
-		options = append(options, gitutil.WithArgs("--config-env=http."+authScope(o.remote)+".extraheader="+gitAuthVar))
+		options = append(options, gitutil.WithArgs("--config-env=http."+authScope(c.o.remote)+".extraheader="+gitAuthVar))
 	}
-	if o.agent != "" {
+	if c.o.agent != "" {
 		socket, err := c.forward(ctx)
 		if err != nil {
 			return nil, err
 		}
 		options = append(options, gitutil.WithSSHAuthSock(socket))
 	}
-	if o.knownHosts != "" {
-		file, err := c.file(o.knownHosts)
+	if c.o.knownHosts != "" {
+		file, err := c.file(c.o.knownHosts)
 		if err != nil {
 			return nil, err
 		}
 		options = append(options, gitutil.WithSSHKnownHosts(file))
 	}
-	c.cli = gitutil.NewGitCLI(options...)
-	return c, nil
+	return options, nil
 }
 
 func (c *gitCommand) end() {
@@ -183,13 +188,7 @@ func (c *gitCommand) redact(s string) string {
 // run runs git and returns what it printed. what is what the command does, for
 // its error.
 func (c *gitCommand) run(ctx context.Context, what string, args ...string) (string, error) {
-	// Without a repository the remote is known by the environment alone; with
-	// one, by its config.
-	logged := []gitutil.Option{gitutil.WithStreams(c.streams)}
-	if args[0] == "ls-remote" {
-		logged = append(logged, gitutil.WithArgs("--config-env=remote."+gitRemote+".url="+gitURLVar))
-	}
-	out, err := c.cli.New(logged...).Run(ctx, args...)
+	out, err := c.cli.New(gitutil.WithStreams(c.streams)).Run(ctx, args...)
 	if err == nil {
 		return string(out), nil
 	}
@@ -197,6 +196,11 @@ func (c *gitCommand) run(ctx context.Context, what string, args ...string) (stri
 		return "", fmt.Errorf("source %s: %s: %w", c.o.redacted(), what, cause)
 	}
 	return "", fmt.Errorf("source %s: failed to %s: %s: %w", c.o.redacted(), what, strings.TrimSpace(c.redact(err.Error())), errdefs.ErrUnavailable)
+}
+
+// remote runs git with the source as its remote.
+func (c *gitCommand) remote(ctx context.Context, what string, args ...string) (string, error) {
+	return c.with(gitutil.WithArgs("--config-env=remote."+gitRemote+".url="+gitURLVar)).run(ctx, what, args...)
 }
 
 // with is the same command with more options.

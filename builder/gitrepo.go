@@ -2,18 +2,20 @@ package builder
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/moby/buildkit/client/llb/sourceresolver"
 	"github.com/moby/buildkit/util/gitutil"
 
+	"varve.dev/durable"
 	"varve.dev/errdefs"
+	"varve.dev/layout"
 )
 
 // Names in a kept repository. They are the builder's own, made of IDs, so that
@@ -24,85 +26,124 @@ const (
 	gitAll      = "refs/varve/all/"     // the remote's branches and tags
 )
 
-// gitRepo is a bare repository that the builder keeps for one remote for as
-// long as its process lives, so that a build fetches only what is new. One at
-// a time uses it.
+// gitRepo is a bare repository that the builder keeps for one remote, so that a
+// build fetches only what is new. It is a cache mount: it counts as one, and is
+// dropped as one. One at a time uses it.
 type gitRepo struct {
 	*gitCommand
-	dir string
-	at  *gitAt
+	rel, dir string // in the store, and where that is
+	at       *gitAt
 }
 
-// inRepository runs fn with the source's repository, which has the commit.
+// inRepository runs fn with the source's repository, which has the commit. A
+// repository that turns out to be damaged, as the power may leave it that was
+// cut, is made anew, and fn is run once more.
 func (o *gitOrigin) inRepository(ctx context.Context, fn func(*gitRepo) error) error {
 	at, err := o.resolve(ctx)
 	if err != nil {
 		return err
 	}
-	name := fmt.Sprintf("git-%s-%x", at.format(), sha256.Sum256([]byte(o.remote)))
-	_, err = o.j.b.flights.do(ctx, name, func() (outputs, error) {
-		c, err := o.command(ctx)
-		if err != nil {
-			return outputs{}, err
+	k := newKeyHash("git repository")
+	k.add(at.format(), o.remote)
+	b, key := o.j.b, k.sum()
+	rel := layout.CacheMountPath(key)
+	unlock, err := b.mounts.lock(ctx, rel)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	end, err := b.Space.UseMount(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer end()
+	c, err := o.command(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.end()
+	dir := b.Root.Path(rel)
+	r := &gitRepo{gitCommand: c.with(gitutil.WithGitDir(dir)), rel: rel, dir: dir, at: at}
+	for {
+		isNew, err := r.open(ctx)
+		if err == nil {
+			err = r.fetch(ctx)
 		}
-		defer c.end()
-		dir := filepath.Join(o.j.b.Scratch, name)
-		r := &gitRepo{gitCommand: c.with(gitutil.WithGitDir(dir)), dir: dir, at: at}
-		if err := r.open(ctx, at.format()); err != nil {
-			return outputs{}, err
+		if err == nil {
+			err = fn(r)
 		}
-		if err := r.fetch(ctx); err != nil {
-			return outputs{}, err
+		if err == nil || isNew || ctx.Err() != nil || r.sound(ctx) {
+			return err
 		}
-		return outputs{}, fn(r)
-	})
-	return err
+		if err := b.Root.RemoveAll(rel); err != nil {
+			return err
+		}
+	}
+}
+
+// sound tells whether the names in the repository stand for something, and all
+// of the commit is there.
+func (r *gitRepo) sound(ctx context.Context) bool {
+	return r.ok(ctx, "rev-list", "--quiet", "--max-count=1", "--all") && (!r.held(ctx) || r.whole(ctx))
+}
+
+func (r *gitRepo) held(ctx context.Context) bool {
+	return r.ok(ctx, "show-ref", "--verify", "--quiet", gitHeld+r.at.id)
+}
+
+func (r *gitRepo) whole(ctx context.Context) bool {
+	return r.ok(ctx, "rev-list", "--objects", "--quiet", "--max-count=1", r.at.id+"^{commit}", "--")
 }
 
 // gitLocks are files that a git that was killed leaves behind.
 var gitLocks = []string{"shallow.lock", "index.lock", "config.lock", "packed-refs.lock", gitIncoming + ".lock"}
 
-// gitConfig is the config as it was made. It is the last file of a new
-// repository to be there.
-const gitConfig = "varve-config"
-
-// open makes the repository if it is not there.
-func (r *gitRepo) open(ctx context.Context, format string) error {
-	if _, err := os.Stat(filepath.Join(r.dir, gitConfig)); errors.Is(err, fs.ErrNotExist) {
-		if err := r.create(ctx, format); err != nil {
-			return err
+// open makes the repository if it is not there. The time of its directory is
+// when it was used last.
+func (r *gitRepo) open(ctx context.Context) (isNew bool, err error) {
+	if _, err := os.Lstat(r.dir); errors.Is(err, fs.ErrNotExist) {
+		isNew = true
+		if err := r.create(ctx); err != nil {
+			return isNew, err
 		}
 	}
 	for _, name := range gitLocks {
 		_ = os.Remove(filepath.Join(r.dir, name))
 	}
-	return r.reset()
+	now := time.Now()
+	return isNew, errors.Join(r.configure(""), r.failed("open the kept repository", os.Chtimes(r.dir, now, now)))
 }
 
-// reset writes the config anew: a checkout leaves the URLs of its submodules
-// in it.
-func (r *gitRepo) reset() error {
-	config, err := os.ReadFile(filepath.Join(r.dir, gitConfig))
-	if err == nil {
-		err = os.WriteFile(filepath.Join(r.dir, "config"), config, 0o600)
-	}
-	return r.failed("open the kept repository", err)
-}
-
-func (r *gitRepo) create(ctx context.Context, format string) error {
-	// Its config has the URL with its credentials.
-	if err := errors.Join(os.RemoveAll(r.dir), os.Mkdir(r.dir, 0o700)); err != nil {
-		return r.failed("make a repository", err)
-	}
-	if _, err := r.run(ctx, "make a repository", "init", "--bare", "--template=", "--initial-branch=master", "--object-format="+format); err != nil {
+// create makes an empty repository under a name that nobody uses yet.
+func (r *gitRepo) create(ctx context.Context) error {
+	root, begun := r.o.j.b.Root, r.rel+layout.CacheMountBegun
+	if err := root.RemoveAll(begun); err != nil {
 		return err
 	}
-	config, err := os.ReadFile(filepath.Join(r.dir, "config"))
-	if err != nil {
-		return r.failed("make a repository", err)
+	dir := root.Path(begun)
+	if err := r.failed("make a repository", os.Mkdir(dir, 0o700)); err != nil {
+		return err
 	}
-	config = fmt.Appendf(config, "[remote %q]\n\turl = %s\n", gitRemote, gitQuoted(r.o.remote))
-	return r.failed("make a repository", os.WriteFile(filepath.Join(r.dir, gitConfig), config, 0o600))
+	_, err := r.with(gitutil.WithGitDir(dir)).run(ctx, "make a repository", "init", "--bare", "--template=", "--initial-branch=master", "--object-format="+r.at.format())
+	if err != nil {
+		return errors.Join(err, root.RemoveAll(begun))
+	}
+	durable.At(layout.PointCacheMountBegun)
+	return root.Rename(begun, r.rel)
+}
+
+// configure writes the config anew, with the remote's URL if that is not "". A
+// checkout leaves the URLs of its submodules in it; and the URL of the remote,
+// which may have a password in it, does not stay.
+func (r *gitRepo) configure(remote string) error {
+	config := "[core]\n\trepositoryformatversion = 0\n\tbare = true\n"
+	if r.at.format() != "sha1" {
+		config = "[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n\tobjectformat = " + r.at.format() + "\n"
+	}
+	if remote != "" {
+		config += fmt.Sprintf("[remote %q]\n\turl = %s\n", gitRemote, gitQuoted(remote))
+	}
+	return r.failed("configure the kept repository", os.WriteFile(filepath.Join(r.dir, "config"), []byte(config), 0o600))
 }
 
 // gitQuoted is a value as a config of git has it.
@@ -128,14 +169,13 @@ func (r *gitRepo) ok(ctx context.Context, args ...string) bool {
 // the name has moved on or there is none, and at last, since not all servers
 // give what is asked for by ID, with all of the remote's history.
 func (r *gitRepo) fetch(ctx context.Context) error {
-	id := r.at.id
-	if r.ok(ctx, "show-ref", "--verify", "--quiet", gitHeld+id) || r.keep(ctx) {
+	if r.held(ctx) || r.keep(ctx) {
 		return nil
 	}
 	told := r.o.j.progress.part(r.o.v, "fetching "+r.o.redacted(), "fetching")
 	defer told.done()
 	if !gitutil.IsCommitSHA(r.at.ref) && !r.o.byCommit {
-		_, err := r.run(ctx, "fetch remote", "fetch", "--depth=1", "--no-tags", gitRemote, "+"+r.at.ref+":"+gitIncoming)
+		err := r.take(ctx, "--depth=1", gitRemote, "+"+r.at.ref+":"+gitIncoming)
 		if err != nil && !strings.Contains(err.Error(), "couldn't find remote ref") {
 			return err
 		}
@@ -143,34 +183,38 @@ func (r *gitRepo) fetch(ctx context.Context) error {
 			return nil
 		}
 	}
-	_, err := r.run(ctx, "fetch remote", "fetch", "--depth=1", "--no-tags", gitRemote, "+"+id+":"+gitIncoming)
+	err := r.take(ctx, "--depth=1", gitRemote, "+"+r.at.id+":"+gitIncoming)
 	if r.keep(ctx) {
 		return nil
 	}
 	if !r.o.byCommit {
-		err = r.fetchAll(ctx)
+		err = r.takeAll(ctx)
 	}
 	if err == nil && !r.keep(ctx) {
-		err = fmt.Errorf("source %s: commit %s can not be found in the repository: %w", r.o.redacted(), id, errdefs.ErrNotFound)
+		err = fmt.Errorf("source %s: commit %s can not be found in the repository: %w", r.o.redacted(), r.at.id, errdefs.ErrNotFound)
 	}
 	return err
 }
 
-func (r *gitRepo) fetchAll(ctx context.Context) error {
-	args := []string{"fetch", "--no-tags", "--prune"}
+func (r *gitRepo) takeAll(ctx context.Context) error {
+	args := []string{"--prune"}
 	if _, err := os.Lstat(filepath.Join(r.dir, "shallow")); err == nil {
 		args = append(args, "--unshallow")
 	}
-	args = append(args, gitRemote, "+refs/heads/*:"+gitAll+"heads/*", "+refs/tags/*:"+gitAll+"tags/*")
-	_, err := r.run(ctx, "fetch remote", args...)
+	return r.take(ctx, append(args, gitRemote, "+refs/heads/*:"+gitAll+"heads/*", "+refs/tags/*:"+gitAll+"tags/*")...)
+}
+
+// take fetches. What it has fetched is on the disk before a name stands for it.
+func (r *gitRepo) take(ctx context.Context, args ...string) error {
+	_, err := r.with(gitutil.WithArgs("-c", "core.fsync=committed,reference", "-c", "fetch.unpackLimit=1")).
+		remote(ctx, "fetch remote", append([]string{"fetch", "--no-tags", "--no-recurse-submodules"}, args...)...)
 	return err
 }
 
 // keep holds the commit under a name, if all of it is here: a fetch that was
 // broken off may have left a part.
 func (r *gitRepo) keep(ctx context.Context) bool {
-	return r.ok(ctx, "rev-list", "--objects", "--quiet", "--max-count=1", r.at.id+"^{commit}", "--") &&
-		r.ok(ctx, "update-ref", gitHeld+r.at.id, r.at.id)
+	return r.whole(ctx) && r.ok(ctx, "update-ref", gitHeld+r.at.id, r.at.id)
 }
 
 // objects adds the commit, and the tag if it has one, to what is told of the

@@ -82,7 +82,7 @@ func (o *gitOrigin) ask(ctx context.Context) (gitAt, error) {
 	if o.ref != "" {
 		args = []string{"ls-remote", "--", gitRemote, o.ref, o.ref + "^{}"}
 	}
-	out, err := c.run(ctx, "list the refs", args...)
+	out, err := c.remote(ctx, "list the refs", args...)
 	if err != nil {
 		return gitAt{}, err
 	}
