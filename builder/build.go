@@ -35,6 +35,7 @@ type Config struct {
 	// Entitlements that a build may be granted, if its client grants them too:
 	// "network.host", "security.insecure", "device".
 	Entitlements []string
+	CDIDirs      []string // of the specifications of this host's devices
 	// ProvenanceEnv is told in the provenance of builds as facts of the builder,
 	// beside its platform.
 	ProvenanceEnv map[string]any

@@ -124,6 +124,7 @@ func (j *job) built(ctx context.Context, res *gwclient.Result) (*built, error) {
 			b.trees[key] = ""
 			continue
 		}
+		j.sendWhole(r)
 		b.refs[key] = r
 		if b.trees[key], err = r.snapshot(ctx); err != nil {
 			return nil, err

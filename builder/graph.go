@@ -34,6 +34,9 @@ type vertex struct {
 	line   string // "Dockerfile:7", or "" where nothing is known
 	// sources are where in which texts it is written.
 	sources []*bkerrdefs.Source
+	// base tells that others write on what the vertex makes: its layers will
+	// be those of an image.
+	base bool
 }
 
 // maxVertices bounds what a frontend may hand over.
@@ -71,7 +74,37 @@ func loadGraph(def *pb.Definition) (*graph, error) {
 		return nil, fmt.Errorf("the definition does not end in its result: %w", errdefs.ErrInvalidArgument)
 	}
 	g.root = last.inputs[0]
+	for _, v := range g.vertices {
+		for _, in := range writtenOn(v.op) {
+			if in >= 0 && int(in) < len(v.inputs) {
+				g.vertices[v.inputs[in].vertex].base = true
+			}
+		}
+	}
 	return g, nil
+}
+
+// writtenOn are the inputs that an operation puts layers on.
+func writtenOn(op *pb.Op) (inputs []int64) {
+	switch o := op.Op.(type) {
+	case *pb.Op_Exec:
+		for _, m := range o.Exec.Mounts {
+			if m.Dest == pb.RootMount || m.Output >= 0 && !m.Readonly {
+				inputs = append(inputs, m.Input)
+			}
+		}
+	case *pb.Op_File:
+		for _, a := range o.File.Actions {
+			inputs = append(inputs, a.Input)
+		}
+	case *pb.Op_Merge:
+		for _, in := range o.Merge.Inputs {
+			inputs = append(inputs, in.GetInput())
+		}
+	case *pb.Op_Diff:
+		inputs = append(inputs, o.Diff.Lower.GetInput(), o.Diff.Upper.GetInput())
+	}
+	return inputs
 }
 
 // lineOf is where in the Dockerfile a vertex comes from.

@@ -208,8 +208,16 @@ func (o *httpOrigin) fetch(ctx context.Context) (err error) {
 	if o.got != nil {
 		return nil
 	}
-	if o.got, err = o.known(ctx); err != nil || o.got != nil {
+	known, err := o.known(ctx)
+	if err != nil {
 		return err
+	}
+	if known != nil {
+		if err := o.check(known.Digest); err != nil {
+			return err
+		}
+		o.got = known
+		return nil
 	}
 	resp, err := o.request(ctx, http.MethodGet, "")
 	if err != nil {
@@ -227,9 +235,8 @@ func (o *httpOrigin) fetch(ctx context.Context) (err error) {
 	if err = errors.Join(err, f.Close()); err == nil && resp.ContentLength >= 0 && n != resp.ContentLength {
 		err = io.ErrUnexpectedEOF
 	}
-	if err == nil && o.checksum != "" && o.checksum != sum.Digest() {
-		err = fmt.Errorf("digest mismatch for %s: %s (expected: %s)", o.redacted(), sum.Digest(), o.checksum)
-		err = errors.Join(err, errdefs.ErrFailedPrecondition)
+	if err == nil {
+		err = o.check(sum.Digest())
 	}
 	if err != nil {
 		_ = os.Remove(f.Name())
@@ -241,6 +248,14 @@ func (o *httpOrigin) fetch(ctx context.Context) (err error) {
 		o.got.Modified = &t
 	}
 	return nil
+}
+
+// check compares a digest with the one that the file has to have.
+func (o *httpOrigin) check(d digest.Digest) error {
+	if o.checksum == "" || d == o.checksum {
+		return nil
+	}
+	return fmt.Errorf("digest mismatch for %s: %s (expected: %s): %w", o.redacted(), d, o.checksum, errdefs.ErrFailedPrecondition)
 }
 
 // counter tells of bytes that pass.

@@ -75,6 +75,19 @@ func newLocalOrigin(j *job, v *vertex, name string, attrs map[string]string) (*l
 	return o, nil
 }
 
+// sendWhole has a directory sent again, whole, that is a result by itself.
+func (j *job) sendWhole(r *reference) {
+	v := r.graph.vertices[r.graph.root.vertex]
+	if v.base || v.op.GetSource() == nil || !strings.HasPrefix(v.op.GetSource().Identifier, schemeLocal) {
+		return
+	}
+	v.base = true
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	delete(j.memo, v.digest)
+	delete(j.sources, v.digest)
+}
+
 // identify has the directory's files sent. Their digest is the key.
 func (o *localOrigin) identify(ctx context.Context) (string, error) {
 	caller, err := o.caller(ctx)
@@ -121,7 +134,9 @@ func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last 
 	if err != nil {
 		return out, err
 	}
-	if ok {
+	// What an image is to begin with is sent whole: older states of the
+	// directory must not be in its layers.
+	if ok && !o.v.base {
 		ids, err := j.b.Snaps.LayerIDs(ctx, known.snapshots[0])
 		if err != nil {
 			return out, err

@@ -242,6 +242,9 @@ func (e *execution) run(ctx context.Context) error {
 	if err := e.secretEnv(ctx, e.op.Secretenv); err != nil {
 		return err
 	}
+	if err := e.devices(e.op.CdiDevices); err != nil {
+		return err
+	}
 	e.limits(meta)
 	e.spec.Privileged = e.op.Security == pb.SecurityMode_INSECURE
 	exit, err := x.Run(ctx, e.spec, runtime.Streams{Out: &logWriter{e, 1}, Err: &logWriter{e, 2}})

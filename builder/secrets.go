@@ -27,7 +27,6 @@ func (j *job) entitled(op *pb.ExecOp) error {
 	}{
 		{op.Network == pb.NetMode_HOST, entitlements.EntitlementNetworkHost},
 		{op.Security == pb.SecurityMode_INSECURE, entitlements.EntitlementSecurityInsecure},
-		{len(op.CdiDevices) > 0, entitlements.EntitlementDevice},
 	} {
 		if need.is && !slices.Contains(j.granted, need.what.String()) {
 			return fmt.Errorf("entitlement %s is not allowed: %w", need.what, errdefs.ErrPermissionDenied)

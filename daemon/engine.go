@@ -46,6 +46,7 @@ type Options struct {
 	// Entitlements and BuildLabels are those of the builder: what a build may
 	// be granted, and what clients are told of it.
 	Entitlements []string
+	CDIDirs      []string // of CDI specifications; nil: /etc/cdi, /var/run/cdi
 	BuildLabels  map[string]string
 	// ProvenanceEnv is told in the provenance of builds.
 	ProvenanceEnv map[string]any
@@ -131,7 +132,7 @@ func (e *Engine) open(ctx context.Context) (err error) {
 	}
 	e.builder = builder.New(builder.Config{
 		Root: e.root, DB: e.db, Journal: e.journal, Blobs: e.blobs, Snaps: e.snaps, Shim: runtime.FindShim, Scratch: e.scratch.dir,
-		Space: e.collector, Entitlements: e.options.Entitlements, ProvenanceEnv: e.options.ProvenanceEnv,
+		Space: e.collector, Entitlements: e.options.Entitlements, CDIDirs: e.options.CDIDirs, ProvenanceEnv: e.options.ProvenanceEnv,
 	})
 	return nil
 }

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
+
 	"varve.dev/durable"
 	"varve.dev/errdefs"
 	"varve.dev/layout"
@@ -42,6 +44,10 @@ type Spec struct {
 	Memory    int64 `json:"memory,omitempty"`   // bytes, swap included; 0: no limit
 	NanoCPUs  int64 `json:"nanoCPUs,omitempty"` // billionths of a processor; 0: no limit
 	PidsLimit int64 `json:"pidsLimit,omitempty"`
+
+	// Edits are added to what the container is made of: a device's mounts, nodes
+	// and hooks, as the Container Device Interface has them.
+	Edits *specs.Spec `json:"edits,omitempty"`
 
 	ShmSize      int64    `json:"shmSize,omitempty"`      // bytes of /dev/shm; 0: 64 MiB
 	Rlimits      []Rlimit `json:"rlimits,omitempty"`      // others are the shim's own

@@ -81,7 +81,7 @@ func configure(rootfs string, s *runtime.Spec) (*configs.Config, *libcontainer.P
 	}
 	process := &libcontainer.Process{
 		Rlimits: limits,
-		Args: s.Args, Env: env, Cwd: cwd(s), Init: true,
+		Args:    s.Args, Env: env, Cwd: cwd(s), Init: true,
 		UID: who.Uid, GID: who.Gid, AdditionalGroups: groups(who),
 	}
 	return config, process, makeCwd(rootfs, s)
@@ -195,6 +195,15 @@ func ociSpec(rootfs string, s *runtime.Spec, caps []string) *specs.Spec {
 	}
 	if cgroups.IsCgroup2UnifiedMode() {
 		oci.Linux.Namespaces = append(oci.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	}
+	if e := s.Edits; e != nil {
+		oci.Mounts, oci.Hooks = append(oci.Mounts, e.Mounts...), e.Hooks
+		if e.Linux != nil {
+			oci.Linux.Devices = append(oci.Linux.Devices, e.Linux.Devices...)
+			if e.Linux.Resources != nil {
+				oci.Linux.Resources.Devices = append(oci.Linux.Resources.Devices, e.Linux.Resources.Devices...)
+			}
+		}
 	}
 	return oci
 }

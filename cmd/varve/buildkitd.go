@@ -34,6 +34,10 @@ type buildkitdConfig struct {
 	GRPC             struct {
 		Address []string `toml:"address"`
 	} `toml:"grpc"`
+	CDI struct {
+		Disabled *bool    `toml:"disabled"`
+		SpecDirs []string `toml:"specDirs"`
+	} `toml:"cdi"`
 	Worker struct {
 		OCI struct {
 			Labels        map[string]string `toml:"labels"`
@@ -187,7 +191,7 @@ func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 		return err
 	}
 	k, err := daemon.Keep(ctx, daemon.Options{
-		Root: filepath.Join(root, "varve"), State: state, Limits: c.limits(), Entitlements: c.Entitlements, BuildLabels: c.Worker.OCI.Labels,
+		Root: filepath.Join(root, "varve"), State: state, Limits: c.limits(), Entitlements: c.Entitlements, CDIDirs: c.CDI.SpecDirs, BuildLabels: c.Worker.OCI.Labels,
 		ProvenanceEnv: env,
 		Registry:      varve.Registry{HostsDir: hosts},
 	}, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line) })
