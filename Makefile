@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim clean
+.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim clean
 
 all: build
 
@@ -50,6 +50,11 @@ test-peers: TIER := ,peers
 test-peers: build
 	@scripts/install-packages $(PEERS)
 	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 40m -v -run TestPeers ./cmd/varve ./internal/crashtest
+
+# BuildKit's own tests of the Dockerfile frontend, against varve in buildkitd's
+# place; it is built with them once per version. TESTS chooses by a regexp.
+buildkit-suite: build
+	scripts/buildkit-suite $(if $(TESTS),'$(TESTS)')
 
 # The race detector over the packages that share memory between goroutines.
 test-race: deps

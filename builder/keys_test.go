@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/moby/buildkit/client/llb"
-	"github.com/moby/buildkit/solver/pb"
 
 	"varve.dev/layer"
 )
@@ -154,12 +153,12 @@ func TestTreeDigest(t *testing.T) {
 		pen := newScribbler(seed)
 		st := pen.change(scratch(dir("/base"), file("/base/f", "f")), 4)
 		key := solved(t, j, st)
-		stacked, err := j.digestOf(t.Context(), key, ".")
+		stacked, err := j.digestOf(t.Context(), key, everything)
 		if err != nil {
 			t.Fatal(err)
 		}
 		whole := shown(t, b, key)
-		if one := treeDigest([]layer.Parent{{Manifest: whole}}, "."); one != stacked {
+		if one := digestOfAll(t, whole); one != stacked {
 			t.Errorf("seed %d: the digest of the layers is not that of what they show", seed)
 		}
 		for i := range whole.Entries {
@@ -170,7 +169,7 @@ func TestTreeDigest(t *testing.T) {
 			old := whole.Entries[i]
 			e := &whole.Entries[i]
 			e.MTime++
-			if treeDigest([]layer.Parent{{Manifest: whole}}, ".") != stacked {
+			if digestOfAll(t, whole) != stacked {
 				t.Errorf("seed %d: a time changes the digest", seed)
 			}
 			change := []func(){
@@ -180,7 +179,7 @@ func TestTreeDigest(t *testing.T) {
 			}
 			n := pick.IntN(len(change))
 			change[n]()
-			if treeDigest([]layer.Parent{{Manifest: whole}}, ".") == stacked {
+			if digestOfAll(t, whole) == stacked {
 				t.Errorf("seed %d, %s: change %d leaves the digest as it was", seed, old.Names[0], n)
 			}
 			whole.Entries[i] = old
@@ -188,17 +187,11 @@ func TestTreeDigest(t *testing.T) {
 	}
 }
 
-func TestLiteralPrefix(t *testing.T) {
-	for _, c := range []struct {
-		src      string
-		wildcard bool
-		want     string
-	}{
-		{"/", false, "."}, {".", true, "."}, {"/a/b", false, "a/b"}, {"a/b/", true, "a/b"}, {"/a/*", true, "a"},
-		{"/a/b*", true, "a"}, {"/*/b", true, "."}, {"/a/?/c", true, "a"}, {"/a/*", false, "a/*"}, {"../../a", false, "a"},
-	} {
-		if got := literalPrefix(&pb.FileActionCopy{Src: c.src, AllowWildcard: c.wildcard}); got != c.want {
-			t.Errorf("%q (wildcard %t): %q, want %q", c.src, c.wildcard, got, c.want)
-		}
+func digestOfAll(t *testing.T, m *layer.Manifest) string {
+	t.Helper()
+	d, err := newTreeView([]layer.Parent{{Manifest: m}}).digest(everything)
+	if err != nil {
+		t.Fatal(err)
 	}
+	return d
 }

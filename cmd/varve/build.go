@@ -421,6 +421,7 @@ func (f *buildFlags) build(ctx context.Context, cmd *cobra.Command, g *globals, 
 func (f *buildFlags) ask(ctx context.Context, cmd *cobra.Command, c *client.Client, opt client.SolveOpt, events chan *client.SolveStatus) error {
 	request, ok := calls[f.call]
 	if !ok {
+		close(events)
 		return errUsage("--call %q is not build, check, outline or targets", f.call)
 	}
 	opt.Exports = nil

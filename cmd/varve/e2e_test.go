@@ -276,6 +276,7 @@ func TestBadInput(t *testing.T) {
 		{"a step that fails", []string{"build", dockerfile(t, "FROM "+name+"\nRUN true\nRUN exit 3\n")}, []string{"Dockerfile:3", "exit code: 3"}},
 		{"a name that an image cannot hold", []string{"build", dockerfile(t, "FROM "+name+"\nRUN touch /tmp/.wh.x\n")}, []string{"tmp/.wh.x", "deletion"}},
 		{"a file that is not there", []string{"build", dockerfile(t, "FROM "+name+"\nCOPY nothing /\n")}, []string{"nothing", "not found"}},
+		{"a call that the frontend has not", []string{"build", "--call", "guess", dockerfile(t, "FROM "+name+"\n")}, []string{"guess"}},
 		{"no such directory", []string{"build", "/no/such/directory"}, []string{"/no/such/directory"}},
 		{"an image that is nowhere", []string{"run", "--pull", "never", "nobody/has:this"}, []string{"nobody/has:this", "not found"}},
 		{"a bad reference", []string{"pull", "UPPER CASE"}, []string{"UPPER CASE"}},
