@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"varve.dev/api/varve"
+	"varve.dev/benchmarks/bench"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
@@ -42,8 +43,8 @@ type writer interface {
 }
 
 // df asks for the disk usage when there are many containers with many files.
-func df(ctx context.Context, b *bench) error {
-	registry, err := b.registry(ctx)
+func df(ctx context.Context, b *trial) error {
+	registry, err := b.Registry(ctx)
 	if err != nil {
 		return err
 	}
@@ -73,28 +74,28 @@ func df(ctx context.Context, b *bench) error {
 			if err := w.filled(ctx, n*len(dirs)); err != nil {
 				return err
 			}
-			fmt.Printf("%s: %d containers of %d files after %s\n", name, len(dirs), n, ms(time.Since(begin)))
+			fmt.Printf("%s: %d containers of %d files after %s\n", name, len(dirs), n, bench.MS(time.Since(begin)))
 			for _, ask := range w.askings() {
 				took, err := repeated(ctx, ask.do)
 				if err != nil {
 					return fmt.Errorf("%s: %w", ask.name, err)
 				}
 				if first[ask.name] == 0 {
-					first[ask.name] = took.at(50)
+					first[ask.name] = took.At(50)
 				}
-				rows = append(rows, []string{ask.name, fmt.Sprint(n), fmt.Sprint(len(took)), ms(took.at(50)), ms(took.at(100)), ratio(took.at(50), first[ask.name])})
+				rows = append(rows, []string{ask.name, fmt.Sprint(n), fmt.Sprint(len(took)), bench.MS(took.At(50)), bench.MS(took.At(100)), bench.Ratio(took.At(50), first[ask.name])})
 			}
 		}
 		return nil
 	})
-	table(fmt.Sprintf("The disk usage of %d containers, through the daemon", b.containers), rows...)
+	bench.Table(fmt.Sprintf("The disk usage of %d containers, through the daemon", b.containers), rows...)
 	return err
 }
 
 // ownDisk gives an engine a file system with as many inodes as it takes.
-func (b *bench) ownDisk(ctx context.Context, own *bench) (string, error) {
-	file := filepath.Join(own.dir, "disk")
-	dir, err := own.mkdir("mounted")
+func (b *trial) ownDisk(ctx context.Context, own *trial) (string, error) {
+	file := filepath.Join(own.Dir, "disk")
+	dir, err := own.Mkdir("mounted")
 	if err != nil {
 		return "", err
 	}
@@ -103,7 +104,7 @@ func (b *bench) ownDisk(ctx context.Context, own *bench) (string, error) {
 		{"mkfs.xfs", "-q", "-i", "maxpct=0", file},
 		{"mount", "-o", "loop", file, dir},
 	} {
-		if _, err := output(ctx, nil, args...); err != nil {
+		if _, err := bench.Output(ctx, nil, args...); err != nil {
 			return "", err
 		}
 	}
@@ -181,7 +182,7 @@ func emptyFiles(ctx context.Context, dir string, from, to int) error {
 }
 
 // repeated does something some times, or for some time.
-func repeated(ctx context.Context, do func(context.Context) error) (took times, err error) {
+func repeated(ctx context.Context, do func(context.Context) error) (took bench.Times, err error) {
 	for begin := time.Now(); len(took) == 0 || len(took) < usageRounds && time.Since(begin) < usageTime; {
 		start := time.Now()
 		if err := do(ctx); err != nil {

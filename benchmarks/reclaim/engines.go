@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 
 	"varve.dev/api/varve"
+	"varve.dev/benchmarks/bench"
 )
 
 // engine is who is measured: a daemon with a store of its own.
@@ -39,7 +40,7 @@ type removal struct {
 type starter struct {
 	name  string
 	needs []string // programs
-	start func(ctx context.Context, b *bench, dir string) (engine, error)
+	start func(ctx context.Context, b *trial, dir string) (engine, error)
 }
 
 var starters = []starter{
@@ -50,7 +51,7 @@ var starters = []starter{
 
 // eachEngine starts those that are there, one after the other, for fn. prepare
 // makes the directory that an engine is to have, below its own bench's; nil: that.
-func (b *bench) eachEngine(ctx context.Context, prepare func(ctx context.Context, own *bench) (string, error), fn func(name string, e engine) error) error {
+func (b *trial) eachEngine(ctx context.Context, prepare func(ctx context.Context, own *trial) (string, error), fn func(name string, e engine) error) error {
 	for _, s := range starters {
 		if len(s.needs) > 0 && !b.peers {
 			continue
@@ -65,11 +66,11 @@ func (b *bench) eachEngine(ctx context.Context, prepare func(ctx context.Context
 			fmt.Printf("%s is left out: there is no %s\n", s.name, missing)
 			continue
 		}
-		own := &bench{options: b.options, dir: filepath.Join(b.dir, s.name)}
-		if err := os.Mkdir(own.dir, 0o711); err != nil {
+		own := &trial{options: b.options, Bench: bench.Within(filepath.Join(b.Dir, s.name))}
+		if err := os.Mkdir(own.Dir, 0o711); err != nil {
 			return err
 		}
-		dir, err := own.dir, error(nil)
+		dir, err := own.Dir, error(nil)
 		if prepare != nil {
 			dir, err = prepare(ctx, own)
 		}
@@ -80,15 +81,11 @@ func (b *bench) eachEngine(ctx context.Context, prepare func(ctx context.Context
 		if err == nil {
 			err = fn(s.name, e)
 		}
-		own.ends = append([]func() error{func() error { return unmountBelow(own.dir) }}, own.ends...)
-		if end := own.end(); err == nil {
+		if end := own.End(); err == nil {
 			err = end
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
-		}
-		if err := os.RemoveAll(own.dir); err != nil {
-			return err
 		}
 	}
 	return nil
@@ -101,19 +98,19 @@ type ours struct {
 	client        *varve.Client
 }
 
-func startVarve(ctx context.Context, b *bench, dir string) (engine, error) {
+func startVarve(ctx context.Context, b *trial, dir string) (engine, error) {
 	e := &ours{command: b.varve, root: filepath.Join(dir, "root")}
 	state := filepath.Join(dir, "state")
 	e.env = []string{"VARVE_ROOT=" + e.root, "VARVE_STATE=" + state}
 	e.client = varve.NewClient(filepath.Join(state, "varve.sock"))
-	b.ends = append(b.ends, e.client.Close)
+	b.AtEnd(e.client.Close)
 	daemon := exec.Command(b.varve, "daemon")
 	daemon.Env = append(os.Environ(), e.env...)
-	return e, b.start(ctx, daemon, func() error { _, err := e.client.Root(ctx); return err })
+	return e, b.Start(ctx, daemon, func() error { _, err := e.client.Root(ctx); return err })
 }
 
 func (e *ours) run(ctx context.Context, args ...string) (string, error) {
-	return output(ctx, e.env, append([]string{e.command}, args...)...)
+	return bench.Output(ctx, e.env, append([]string{e.command}, args...)...)
 }
 
 func (e *ours) pull(ctx context.Context, image string) error {
@@ -145,7 +142,7 @@ type containerd struct {
 	made         int
 }
 
-func startContainerd(ctx context.Context, b *bench, dir string) (engine, error) {
+func startContainerd(ctx context.Context, b *trial, dir string) (engine, error) {
 	e := &containerd{root: filepath.Join(dir, "root"), socket: filepath.Join(dir, "sock")}
 	config := filepath.Join(dir, "config.toml")
 	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = %q\n",
@@ -153,11 +150,11 @@ func startContainerd(ctx context.Context, b *bench, dir string) (engine, error) 
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
-	return e, b.start(ctx, exec.Command("containerd", "-c", config, "-l", "error"), func() error { _, err := e.run(ctx, "version"); return err })
+	return e, b.Start(ctx, exec.Command("containerd", "-c", config, "-l", "error"), func() error { _, err := e.run(ctx, "version"); return err })
 }
 
 func (e *containerd) run(ctx context.Context, args ...string) (string, error) {
-	return output(ctx, nil, append([]string{"ctr", "-a", e.socket}, args...)...)
+	return bench.Output(ctx, nil, append([]string{"ctr", "-a", e.socket}, args...)...)
 }
 
 func (e *containerd) pull(ctx context.Context, image string) error {
@@ -197,7 +194,7 @@ type docker struct {
 	client     *http.Client
 }
 
-func startDocker(ctx context.Context, b *bench, dir string) (engine, error) {
+func startDocker(ctx context.Context, b *trial, dir string) (engine, error) {
 	socket := filepath.Join(dir, "sock")
 	e := &docker{root: filepath.Join(dir, "root"), host: "unix://" + socket}
 	e.client = &http.Client{Transport: &http.Transport{
@@ -208,7 +205,7 @@ func startDocker(ctx context.Context, b *bench, dir string) (engine, error) {
 	}}
 	daemon := exec.Command("dockerd", "--data-root", e.root, "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
 		"-H", e.host, "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
-	return e, b.start(ctx, daemon, func() error { return e.call(ctx, http.MethodGet, "/_ping", nil, nil) })
+	return e, b.Start(ctx, daemon, func() error { return e.call(ctx, http.MethodGet, "/_ping", nil, nil) })
 }
 
 // call asks the daemon.
@@ -238,7 +235,7 @@ func (e *docker) call(ctx context.Context, method, path string, body, answer any
 }
 
 func (e *docker) run(ctx context.Context, args ...string) (string, error) {
-	return output(ctx, nil, append([]string{"docker", "-H", e.host}, args...)...)
+	return bench.Output(ctx, nil, append([]string{"docker", "-H", e.host}, args...)...)
 }
 
 func (e *docker) pull(ctx context.Context, image string) error {

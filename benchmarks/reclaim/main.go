@@ -35,6 +35,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+
+	"varve.dev/benchmarks/bench"
 )
 
 // options are the flags.
@@ -49,7 +51,13 @@ type options struct {
 	containers, each int
 }
 
-var questions = map[string]func(ctx context.Context, b *bench) error{
+// trial is where one question is asked.
+type trial struct {
+	options
+	*bench.Bench
+}
+
+var questions = map[string]func(ctx context.Context, b *trial) error{
 	"rmi":   rmi,
 	"df":    df,
 	"sweep": sweep,
@@ -90,11 +98,12 @@ func run(ctx context.Context, dir string, o options, asked []string) (err error)
 		if ask == nil {
 			return fmt.Errorf("there is no question %q", name)
 		}
-		b, err := newBench(dir, o)
+		in, err := bench.New(dir, "varve-reclaim-")
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(ask(ctx, b), b.end()); err != nil {
+		b := &trial{options: o, Bench: in}
+		if err := errors.Join(ask(ctx, b), b.End()); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"varve.dev/benchmarks/bench"
 	"varve.dev/internal/testkit"
 )
 
@@ -22,8 +23,8 @@ const (
 )
 
 // rmi removes an image of many files.
-func rmi(ctx context.Context, b *bench) error {
-	registry, err := b.registry(ctx)
+func rmi(ctx context.Context, b *trial) error {
+	registry, err := b.Registry(ctx)
 	if err != nil {
 		return err
 	}
@@ -49,7 +50,7 @@ func rmi(ctx context.Context, b *bench) error {
 		}
 		return nil
 	})
-	table(fmt.Sprintf("An image of %d files in %d layers is removed", b.files, rmiLayers), rows...)
+	bench.Table(fmt.Sprintf("An image of %d files in %d layers is removed", b.files, rmiLayers), rows...)
 	return err
 }
 
@@ -70,7 +71,7 @@ type reclaim struct {
 
 // made is how long containers took to make, and to make and remove: who holds up
 // the one may hold up only the other.
-type made struct{ create, both times }
+type made struct{ create, both bench.Times }
 
 func (m *made) add(more made) {
 	m.create, m.both = append(m.create, more.create...), append(m.both, more.both...)
@@ -79,13 +80,13 @@ func (m *made) add(more made) {
 func (r reclaim) row(name string) []string {
 	back := "not within " + reclaimWait.String()
 	if r.back > 0 {
-		back = ms(r.back)
+		back = bench.MS(r.back)
 	}
 	idle, meanwhile := r.idle.create, r.meanwhile.create
 	return []string{
-		name, ms(r.caller), back, fmt.Sprintf("%d, %d", len(idle), len(meanwhile)), ms(idle.at(50)), ms(idle.at(99)),
-		ms(meanwhile.at(50)), ms(meanwhile.at(99)), ms(meanwhile.at(100)), ratio(meanwhile.at(50), idle.at(50)), ratio(meanwhile.at(99), idle.at(99)),
-		ms(r.idle.both.at(100)), ms(r.meanwhile.both.at(100)),
+		name, bench.MS(r.caller), back, fmt.Sprintf("%d, %d", len(idle), len(meanwhile)), bench.MS(idle.At(50)), bench.MS(idle.At(99)),
+		bench.MS(meanwhile.At(50)), bench.MS(meanwhile.At(99)), bench.MS(meanwhile.At(100)), bench.Ratio(meanwhile.At(50), idle.At(50)), bench.Ratio(meanwhile.At(99), idle.At(99)),
+		bench.MS(r.idle.both.At(100)), bench.MS(r.meanwhile.both.At(100)),
 	}
 }
 
@@ -112,7 +113,7 @@ func removeMany(ctx context.Context, e engine, way removal, small, many string, 
 	// What others have not written by themselves yet is none of the removal's
 	// business.
 	unix.Sync()
-	if err := sleep(ctx, 2*time.Second); err != nil {
+	if err := bench.Sleep(ctx, 2*time.Second); err != nil {
 		return r, err
 	}
 	enough := func(n int) func(int) bool { return func(made int) bool { return made >= n } }
@@ -126,7 +127,7 @@ func removeMany(ctx context.Context, e engine, way removal, small, many string, 
 		begin := time.Now()
 		err := way.do(ctx, many)
 		r.caller = time.Since(begin)
-		for ; err == nil && time.Since(begin) < reclaimWait; err = sleep(ctx, 20*time.Millisecond) {
+		for ; err == nil && time.Since(begin) < reclaimWait; err = bench.Sleep(ctx, 20*time.Millisecond) {
 			left, derr := directories(e.trees())
 			if derr == nil && !overlap(left, after) {
 				r.back = time.Since(begin)
@@ -142,7 +143,7 @@ func removeMany(ctx context.Context, e engine, way removal, small, many string, 
 	if err != nil {
 		return r, err
 	}
-	if err := sleep(ctx, 2*time.Second); err != nil {
+	if err := bench.Sleep(ctx, 2*time.Second); err != nil {
 		return r, err
 	}
 	rest, err := creates(ctx, e, small, enough(max(samples/2, len(r.meanwhile.create)-len(r.idle.create))))
@@ -163,7 +164,7 @@ func creates(ctx context.Context, e engine, image string, enough func(n int) boo
 			return t, err
 		}
 		t.both = append(t.both, time.Since(begin))
-		if err := sleep(ctx, betweenCreates); err != nil {
+		if err := bench.Sleep(ctx, betweenCreates); err != nil {
 			return t, err
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"varve.dev/benchmarks/bench"
 	"varve.dev/internal/testkit"
 	"varve.dev/internal/teststore"
 	"varve.dev/layout"
@@ -29,11 +30,11 @@ const (
 
 // sweep removes few layers of few and of many: what the removal costs must not
 // grow with what stays.
-func sweep(ctx context.Context, b *bench) error {
+func sweep(ctx context.Context, b *trial) error {
 	rows := [][]string{{"", "layers", "p50", "max", "ratio of p50"}}
-	add := func(name string, counts []int, took []times) {
+	add := func(name string, counts []int, took []bench.Times) {
 		for i, n := range counts {
-			rows = append(rows, []string{name, fmt.Sprint(n), ms(took[i].at(50)), ms(took[i].at(100)), ratio(took[i].at(50), took[0].at(50))})
+			rows = append(rows, []string{name, fmt.Sprint(n), bench.MS(took[i].At(50)), bench.MS(took[i].At(100)), bench.Ratio(took[i].At(50), took[0].At(50))})
 		}
 	}
 	const least = together * sweepRounds
@@ -59,15 +60,15 @@ func sweep(ctx context.Context, b *bench) error {
 		}
 		add("ctr images rm --sync", counts, took)
 	}
-	table(fmt.Sprintf("%d layers are removed, %d times, until their files are deleted", together, sweepRounds), rows...)
+	bench.Table(fmt.Sprintf("%d layers are removed, %d times, until their files are deleted", together, sweepRounds), rows...)
 	return nil
 }
 
 // sweepOurs has the stores open side by side, and takes turns.
-func sweepOurs(ctx context.Context, b *bench, counts []int) ([]times, error) {
+func sweepOurs(ctx context.Context, b *trial, counts []int) ([]bench.Times, error) {
 	var stores []*teststore.Store
 	for _, n := range counts {
-		dir, err := b.mkdir(fmt.Sprintf("store-%d", n))
+		dir, err := b.Mkdir(fmt.Sprintf("store-%d", n))
 		if err != nil {
 			return nil, err
 		}
@@ -75,14 +76,14 @@ func sweepOurs(ctx context.Context, b *bench, counts []int) ([]times, error) {
 		if err != nil {
 			return nil, err
 		}
-		b.ends = append(b.ends, s.Close)
+		b.AtEnd(s.Close)
 		if err := fill(ctx, s, n); err != nil {
 			return nil, err
 		}
 		stores = append(stores, s)
 	}
 	unix.Sync()
-	took := make([]times, len(stores))
+	took := make([]bench.Times, len(stores))
 	for round := range sweepRounds {
 		for i, s := range stores {
 			begin := time.Now()
@@ -159,10 +160,10 @@ func fill(ctx context.Context, s *teststore.Store, n int) error {
 }
 
 // sweepTheirs does the same with containerd and images of so many layers each.
-func sweepTheirs(ctx context.Context, b *bench, counts []int) ([]times, error) {
+func sweepTheirs(ctx context.Context, b *trial, counts []int) ([]bench.Times, error) {
 	var engines []*containerd
 	for _, n := range counts {
-		dir, err := b.mkdir(fmt.Sprintf("containerd-%d", n))
+		dir, err := b.Mkdir(fmt.Sprintf("containerd-%d", n))
 		if err != nil {
 			return nil, err
 		}
@@ -172,21 +173,21 @@ func sweepTheirs(ctx context.Context, b *bench, counts []int) ([]times, error) {
 		}
 		e := started.(*containerd)
 		engines = append(engines, e)
-		archive := filepath.Join(b.dir, fmt.Sprintf("images-%d", n))
+		archive := filepath.Join(b.Dir, fmt.Sprintf("images-%d", n))
 		if err := manyImages(archive, n/together); err != nil {
 			return nil, err
 		}
 		begin := time.Now()
-		if _, err := output(ctx, nil, "sh", "-c", fmt.Sprintf("tar -C %s -c . | ctr -a %s images import --base-name many -", archive, e.socket)); err != nil {
+		if _, err := bench.Output(ctx, nil, "sh", "-c", fmt.Sprintf("tar -C %s -c . | ctr -a %s images import --base-name many -", archive, e.socket)); err != nil {
 			return nil, err
 		}
 		if err := e.counts(ctx, n); err != nil {
 			return nil, err
 		}
-		fmt.Printf("containerd has unpacked %d layers in %s\n", n, ms(time.Since(begin)))
+		fmt.Printf("containerd has unpacked %d layers in %s\n", n, bench.MS(time.Since(begin)))
 	}
 	unix.Sync()
-	took := make([]times, len(engines))
+	took := make([]bench.Times, len(engines))
 	for round := range sweepRounds {
 		for i, e := range engines {
 			begin := time.Now()

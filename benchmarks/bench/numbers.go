@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"fmt"
@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// times are samples of how long something took.
-type times []time.Duration
+// Times are samples of how long something took.
+type Times []time.Duration
 
-// at returns a percentile.
-func (t times) at(percent int) time.Duration {
+// At returns a percentile.
+func (t Times) At(percent int) time.Duration {
 	if len(t) == 0 {
 		return 0
 	}
@@ -19,24 +19,24 @@ func (t times) at(percent int) time.Duration {
 	return t[(len(t)-1)*percent/100]
 }
 
-// ms is a duration for people.
-func ms(d time.Duration) string {
+// MS is a duration for people.
+func MS(d time.Duration) string {
 	if d >= 10*time.Second {
 		return fmt.Sprintf("%.1f s", d.Seconds())
 	}
 	return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
 }
 
-// ratio of two durations; "-" if there is none.
-func ratio(a, b time.Duration) string {
+// Ratio is of two durations; "-" if there is none.
+func Ratio(a, b time.Duration) string {
 	if a == 0 || b == 0 {
 		return "-"
 	}
 	return fmt.Sprintf("%.2f", float64(a)/float64(b))
 }
 
-// table prints rows below a heading, each column as wide as it has to be.
-func table(title string, rows ...[]string) {
+// Table prints rows below a heading, each column as wide as it has to be.
+func Table(title string, rows ...[]string) {
 	fmt.Printf("\n%s\n", title)
 	width := map[int]int{}
 	for _, row := range rows {

@@ -1,4 +1,6 @@
-package main
+// Package bench is what the benchmarks beside other engines share: daemons with
+// directories of their own that end with the benchmark, samples and tables.
+package bench
 
 import (
 	"bytes"
@@ -18,26 +20,35 @@ import (
 	"varve.dev/internal/testkit"
 )
 
-// bench is where one question is asked: a directory and what has to be ended and
-// cleaned up when it is answered or not.
-type bench struct {
-	options
-	dir  string
+// Bench is a directory, and what has to be ended and cleaned up when a question
+// is answered or not.
+type Bench struct {
+	Dir  string
 	ends []func() error // the last first
 }
 
-func newBench(in string, o options) (*bench, error) {
-	dir, err := os.MkdirTemp(in, "varve-reclaim-")
+// New makes a directory in another, which goes with everything in it at the end.
+func New(in, prefix string) (*Bench, error) {
+	dir, err := os.MkdirTemp(in, prefix)
 	if err != nil {
 		return nil, err
 	}
-	return &bench{options: o, dir: dir, ends: []func() error{
-		func() error { return os.RemoveAll(dir) },
-		func() error { return unmountBelow(dir) },
-	}}, nil
+	return Within(dir), nil
 }
 
-func (b *bench) end() (err error) {
+// Within is a Bench in a directory that is there, which goes at the end.
+func Within(dir string) *Bench {
+	return &Bench{Dir: dir, ends: []func() error{
+		func() error { return os.RemoveAll(dir) },
+		func() error { return unmountBelow(dir) },
+	}}
+}
+
+// AtEnd has something done at the end, before what was asked for earlier.
+func (b *Bench) AtEnd(end func() error) { b.ends = append(b.ends, end) }
+
+// End ends everything, the last first.
+func (b *Bench) End() (err error) {
 	for _, end := range slices.Backward(b.ends) {
 		err = errors.Join(err, end())
 	}
@@ -63,15 +74,15 @@ func unmountBelow(dir string) error {
 	return err
 }
 
-// mkdir makes a directory in the bench's own.
-func (b *bench) mkdir(name string) (string, error) {
-	dir := filepath.Join(b.dir, name)
+// Mkdir makes a directory in the bench's own.
+func (b *Bench) Mkdir(name string) (string, error) {
+	dir := filepath.Join(b.Dir, name)
 	return dir, os.MkdirAll(dir, 0o711)
 }
 
-// start runs a daemon until the end, and waits until it answers. An interrupt
+// Start runs a daemon until the end, and waits until it answers. An interrupt
 // from the terminal does not reach it: it is ended after the work.
-func (b *bench) start(ctx context.Context, cmd *exec.Cmd, answers func() error) error {
+func (b *Bench) Start(ctx context.Context, cmd *exec.Cmd, answers func() error) error {
 	var log testkit.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -83,7 +94,7 @@ func (b *bench) start(ctx context.Context, cmd *exec.Cmd, answers func() error) 
 		_ = cmd.Wait() // it is told to end; its log says what went wrong
 		close(done)
 	}()
-	b.ends = append(b.ends, func() error {
+	b.AtEnd(func() error {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-done:
@@ -112,8 +123,8 @@ func (b *bench) start(ctx context.Context, cmd *exec.Cmd, answers func() error) 
 	}
 }
 
-// output runs a command that has to go well. It ends with ctx.
-func output(ctx context.Context, env []string, args ...string) (string, error) {
+// Output runs a command that has to go well. It ends with ctx.
+func Output(ctx context.Context, env []string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Env = append(os.Environ(), env...)
@@ -125,21 +136,21 @@ func output(ctx context.Context, env []string, args ...string) (string, error) {
 	return out.String(), nil
 }
 
-// registry serves images to all.
-func (b *bench) registry(ctx context.Context) (*testkit.RegistryServer, error) {
-	dir, err := b.mkdir("registry")
+// Registry serves images to all.
+func (b *Bench) Registry(ctx context.Context) (*testkit.RegistryServer, error) {
+	dir, err := b.Mkdir("registry")
 	if err != nil {
 		return nil, err
 	}
 	registry, err := testkit.StartRegistry(ctx, dir, "127.0.0.1:0")
 	if err == nil {
-		b.ends = append(b.ends, func() error { registry.Stop(); return nil })
+		b.AtEnd(func() error { registry.Stop(); return nil })
 	}
 	return registry, err
 }
 
-// sleep waits, or returns the error of ctx.
-func sleep(ctx context.Context, d time.Duration) error {
+// Sleep waits, or returns the error of ctx.
+func Sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
