@@ -150,7 +150,11 @@ func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last 
 	if err != nil {
 		return out, err
 	}
-	changed, err := o.receive(ctx, caller, tree)
+	var changed bool
+	was, err := j.view(ctx, base)
+	if err == nil {
+		changed, err = o.receive(ctx, caller, tree, was)
+	}
 	if err != nil {
 		t.discard(active)
 		return out, err
@@ -168,14 +172,14 @@ func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last 
 	return out, err
 }
 
-// receive has the client send what differs from a tree, and tells whether
-// anything did.
-func (o *localOrigin) receive(ctx context.Context, caller session.Caller, tree overlay.Tree) (changed bool, err error) {
+// receive has the client send what differs from a tree, of which is known what
+// it has, and tells whether anything did.
+func (o *localOrigin) receive(ctx context.Context, caller session.Caller, tree overlay.Tree, was *treeView) (changed bool, err error) {
 	root, err := openMount(o.j.b.Scratch, tree, "")
 	if err != nil {
 		return false, err
 	}
-	fsRoot := fsutil.NewRoot(root)
+	fsRoot := newKeptRoot(fsutil.NewRoot(root), was, tree.Upper)
 	defer func() { err = errors.Join(err, fsRoot.Close()) }()
 	if !caller.Supports(session.MethodURL(filesync.FileSync_ServiceDesc.ServiceName, "diffcopy")) {
 		return false, fmt.Errorf("no local sources enabled: directory %q was not given: %w", o.name, errdefs.ErrNotFound)

@@ -280,6 +280,9 @@ func fileMode(stat uint32) fs.FileMode {
 	return m
 }
 
+// FileMode is the entry's mode as package os has it.
+func (e *Entry) FileMode() fs.FileMode { return fileMode(e.Mode) }
+
 func statMode(m fs.FileMode) uint32 {
 	out := uint32(m.Perm())
 	for stat, bits := range typeBits {
