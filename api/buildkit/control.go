@@ -142,7 +142,7 @@ func (s *Server) Solve(ctx context.Context, req *control.SolveRequest) (*control
 		}
 	}
 	res, err := s.backend.Solve(ctx, ask)
-	s.builds.end(b, res.Exported, err)
+	s.builds.end(b, res.Exported)
 	if err != nil {
 		return nil, err
 	}

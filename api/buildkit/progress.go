@@ -20,7 +20,6 @@ type builds struct {
 	changed *sync.Cond // something was told, begun, opened or ended
 	all     map[string]*build
 	ended   []*build // the oldest first
-	told    []*control.BuildHistoryEvent
 }
 
 // build is one build, with all that was told of it.
@@ -29,10 +28,8 @@ type build struct {
 	record *control.BuildHistoryRecord
 	bridge pb.LLBBridgeServer
 	over   bool
-	// The events from the one with number first on. Output that is too much
-	// to keep is forgotten, the oldest first.
+	// Output that is too much to keep is forgotten, the oldest first.
 	events []*client.SolveStatus
-	first  int
 	logs   int // bytes of output in events
 	// Of vertices, for the record.
 	vertices map[string]*client.Vertex
@@ -70,7 +67,7 @@ func (bs *builds) begin(req *control.SolveRequest) (*build, error) {
 }
 
 // end says that a build is over.
-func (bs *builds) end(b *build, response map[string]string, err error) {
+func (bs *builds) end(b *build, response map[string]string) {
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
 	b.over = true
