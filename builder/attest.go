@@ -48,7 +48,7 @@ func attestationsOf(b *built, p exptypes.Platform, inline bool) (out []gwclient.
 }
 
 // attest writes a manifest of attestations of a platform's image.
-func (w *writer) attest(ctx context.Context, b *built, p *exptypes.Platform, target ocispec.Descriptor, list []gwclient.Attestation) (ocispec.Descriptor, error) {
+func (w *writer) attest(ctx context.Context, p *exptypes.Platform, target ocispec.Descriptor, list []gwclient.Attestation) (ocispec.Descriptor, error) {
 	var subjects []intoto.Subject
 	for _, name := range w.names {
 		u, err := purl.RefToPURL(packageurl.TypeDocker, name, &p.Platform)

@@ -2,10 +2,8 @@ package builder
 
 import (
 	"context"
-	"fmt"
 
 	ctrcontent "github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/platforms"
 	"github.com/moby/buildkit/client"
 	gwclient "github.com/moby/buildkit/frontend/gateway/client"
 	"github.com/moby/buildkit/session"
@@ -231,15 +229,4 @@ func (j *job) result(ctx context.Context) (*gwclient.Result, error) {
 		return nil, err
 	}
 	return res, j.evaluate(ctx, res)
-}
-
-func platformOf(s string) (ocispec.Platform, error) {
-	if s == "" {
-		return platforms.Normalize(platforms.DefaultSpec()), nil
-	}
-	p, err := platforms.Parse(s)
-	if err != nil {
-		return p, fmt.Errorf("platform %q: %w", s, err)
-	}
-	return platforms.Normalize(p), nil
 }

@@ -114,7 +114,7 @@ func (w *writer) image(ctx context.Context, b *built) (ocispec.Descriptor, error
 		desc.Platform = &p.Platform
 		idx.Manifests = append(idx.Manifests, desc)
 		if list := w.attestations(b, *p); len(list) > 0 {
-			a, err := w.attest(ctx, b, p, desc, list)
+			a, err := w.attest(ctx, p, desc, list)
 			if err != nil {
 				return desc, err
 			}

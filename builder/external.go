@@ -253,7 +253,7 @@ func serve(ctx context.Context, b *bridge.Bridge) (*frontendStreams, error) {
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	gwpb.RegisterLLBBridgeServer(server, b)
 	context.AfterFunc(ctx, func() { s.conn.Close() })
-	go (&http2.Server{}).ServeConn(s.conn, &http2.ServeConnOpts{Context: ctx, Handler: server})
+	go (&http2.Server{}).ServeConn(s.conn, &http2.ServeConnOpts{Context: ctx, Handler: server}) //nolint:staticcheck // one connection, of pipes: net/http wants a listener
 	return s, nil
 }
 

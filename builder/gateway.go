@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 
@@ -13,8 +14,10 @@ import (
 	gwpb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/util/apicaps"
+	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
 
 	"varve.dev/errdefs"
 )
@@ -107,13 +110,20 @@ func (g *gateway) Solve(ctx context.Context, req gwclient.SolveRequest) (*gwclie
 		return nil, err
 	}
 	ref := g.trace.made(&reference{j: g.j, graph: graph, def: req.Definition})
-	if req.Evaluate {
-		if err := ref.Evaluate(ctx); err != nil {
+	// The Dockerfile's frontend takes an ignore file that it cannot read for none.
+	// That the client's files did not come must not look like that.
+	if req.Evaluate || graph.isLocal() {
+		if err := ref.Evaluate(ctx); err != nil && (req.Evaluate || !isMissing(err)) {
 			return nil, err
 		}
 	}
 	res.SetRef(ref)
 	return res, nil
+}
+
+// isMissing tells whether an error says that the client has no such directory.
+func isMissing(err error) bool {
+	return errors.Is(err, errdefs.ErrNotFound) || grpcerrors.Code(err) == codes.NotFound
 }
 
 func orEmpty(m map[string]string) map[string]string {

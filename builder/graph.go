@@ -107,6 +107,13 @@ func writtenOn(op *pb.Op) (inputs []int64) {
 	return inputs
 }
 
+// isLocal tells whether the result is a directory of the client.
+func (g *graph) isLocal() bool {
+	v := g.vertices[g.root.vertex]
+	_, ok := cutScheme(v.op.GetSource().GetIdentifier(), schemeLocal)
+	return ok
+}
+
 // lineOf is where in the Dockerfile a vertex comes from.
 func lineOf(def *pb.Definition, d digest.Digest) string {
 	if def.Source == nil || def.Source.Locations[string(d)] == nil {

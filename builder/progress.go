@@ -55,22 +55,6 @@ func (p *progress) change(v *vertex, fn func(c *client.Vertex, now *time.Time)) 
 	p.tell(&client.SolveStatus{Vertexes: []*client.Vertex{&told}})
 }
 
-// expect tells that a vertex may be wanted.
-func (p *progress) expect(vs []*vertex) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	s := &client.SolveStatus{}
-	for _, v := range vs {
-		if p.known[v.digest] == nil {
-			told := *p.vertexOf(v)
-			s.Vertexes = append(s.Vertexes, &told)
-		}
-	}
-	if len(s.Vertexes) > 0 {
-		p.tell(s)
-	}
-}
-
 // begin tells that a vertex is being worked on.
 func (p *progress) begin(v *vertex) {
 	p.change(v, func(c *client.Vertex, now *time.Time) {

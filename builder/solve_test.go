@@ -8,8 +8,11 @@ import (
 	"time"
 
 	"github.com/moby/buildkit/client/llb"
+	gwclient "github.com/moby/buildkit/frontend/gateway/client"
+	"github.com/moby/buildkit/session"
 
 	"varve.dev/durable"
+	"varve.dev/errdefs"
 	"varve.dev/layout"
 )
 
@@ -38,6 +41,30 @@ func TestFailureIsToldNotTheCallingOff(t *testing.T) {
 		_, err := begun(t, b).solve(t.Context(), g, g.root)
 		if err == nil || errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "/missing") {
 			t.Fatalf("a copy of what is missing: %v", err)
+		}
+	}
+}
+
+// unreachable is a client that does not answer.
+type unreachable struct{ err error }
+
+func (u unreachable) ID() string { return "" }
+
+func (u unreachable) Caller(context.Context, string) (session.Caller, error) { return nil, u.err }
+
+// A frontend hears at once that the client's files did not come, since it may
+// take those that it cannot read for files that are not there. It can do without
+// a directory that the client has not.
+func TestFilesThatDoNotCome(t *testing.T) {
+	b := newBuilder(t)
+	def, err := llb.Local("context").Marshal(t.Context(), llb.LinuxAmd64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for why, want := range map[error]error{errdefs.ErrUnavailable: errdefs.ErrUnavailable, errdefs.ErrNotFound: nil} {
+		g := &gateway{j: begunFor(t, b, Request{Client: unreachable{why}})}
+		if _, err := g.Solve(t.Context(), gwclient.SolveRequest{Definition: def.ToPB()}); !errors.Is(err, want) {
+			t.Errorf("%v: the frontend is told %v", why, err)
 		}
 	}
 }

@@ -90,7 +90,7 @@ func (b baseImages) imagesFor(ctx context.Context, ref image.Ref) *image.Store {
 
 // credentials asks the build's client; one that has none to give is anonymous.
 func (b baseImages) credentials(build context.Context) image.Credentials {
-	return func(ctx context.Context, host string) (user, secret string, err error) {
+	return func(_ context.Context, host string) (user, secret string, err error) {
 		caller, err := b.client.Caller(build, "")
 		if err != nil {
 			return "", "", nil

@@ -105,10 +105,7 @@ func (s *Server) builds(k *Keeper) (*grpc.Server, error) {
 		return grpcerrors.UnaryServerInterceptor(ctx, req, info, handle)
 	}
 	// A session is open for as long as its client wants; it is no call.
-	stream := func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
-		return grpcerrors.StreamServerInterceptor(srv, ss, info, handle)
-	}
-	server := grpc.NewServer(grpc.UnaryInterceptor(unary), grpc.StreamInterceptor(stream), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
+	server := grpc.NewServer(grpc.UnaryInterceptor(unary), grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage))
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	calls.Register(server)
 	return server, nil

@@ -22,9 +22,6 @@ type builds struct {
 	changed *sync.Cond // something was told, begun, opened or ended
 	all     map[string]*build
 	ended   []*build // the oldest first
-	told    []*control.BuildHistoryEvent
-	// firstTold is the number of the first of them.
-	firstTold int
 }
 
 // build is one build, with all that was told of it.
@@ -33,10 +30,8 @@ type build struct {
 	record *control.BuildHistoryRecord
 	bridge pb.LLBBridgeServer
 	over   bool
-	// The events from the one with number first on. Output that is too much
-	// to keep is forgotten, the oldest first.
+	// Output that is too much to keep is forgotten, the oldest first.
 	events []*client.SolveStatus
-	first  int
 	logs   int // bytes of output in events
 	// Of vertices, for the record.
 	vertices map[string]*client.Vertex

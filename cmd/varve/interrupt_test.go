@@ -140,7 +140,7 @@ func TestHostIsKilled(t *testing.T) {
 	ends := make(chan string, guests)
 	for i := range guests {
 		guest, out := h.begin("guest begun\n", "build", "-t", fmt.Sprintf("guest%d", i),
-			dockerfile(t, fmt.Sprintf("FROM %s\nRUN echo guest begun; sleep 1; echo %d > /made\n", name, i)))
+			dockerfile(t, fmt.Sprintf("FROM %[1]s\nRUN --mount=type=cache,target=/c echo guest begun; test -e /c/%[2]d || { touch /c/%[2]d; sleep 60; }; echo %[2]d > /made\n", name, i)))
 		go func() {
 			err := guest.Wait()
 			ends <- fmt.Sprintf("%v\n%s", err, out)

@@ -20,6 +20,7 @@ import (
 	"varve.dev/errdefs"
 	"varve.dev/fsck"
 	"varve.dev/internal/faultcall"
+	"varve.dev/internal/testbuild"
 	"varve.dev/internal/testkit"
 	"varve.dev/layout"
 )
@@ -50,7 +51,7 @@ func faultyWork(dir string, args []string, mark func(string, ...any), steps func
 	w := &work{Engine: e, dir: dir, remote: args[1], state: args[0], mark: mark}
 	for _, step := range steps(w) {
 		if err := step(ctx); err != nil {
-			mark(fact+"error %q", err)
+			mark(fact+"error %q", testbuild.Told(err))
 			if err := step(ctx); errors.Is(err, errdefs.ErrPoisoned) {
 				mark(fact+"poisoned %q", err)
 			} else if err != nil {

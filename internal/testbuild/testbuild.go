@@ -12,6 +12,7 @@ import (
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/session/filesync"
+	bkerrdefs "github.com/moby/buildkit/solver/errdefs"
 	"github.com/moby/buildkit/util/staticfs"
 	"github.com/tonistiigi/fsutil"
 	fstypes "github.com/tonistiigi/fsutil/types"
@@ -68,6 +69,18 @@ func Run(ctx context.Context, s Solver, b Build) (r Result, err error) {
 		return err
 	})
 	return r, err
+}
+
+// Told is what a client shows of an error: its text, and the line of the
+// Dockerfile that it comes from.
+func Told(err error) string {
+	text := err.Error()
+	for _, s := range bkerrdefs.Sources(err) {
+		if len(s.Ranges) > 0 {
+			text += fmt.Sprintf(" (%s:%d)", s.Info.GetFilename(), s.Ranges[0].GetStart().GetLine())
+		}
+	}
+	return text
 }
 
 // dirs are what the frontend asks for, by the names that it asks by.
