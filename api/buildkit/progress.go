@@ -22,6 +22,9 @@ type builds struct {
 	changed *sync.Cond // something was told, begun, opened or ended
 	all     map[string]*build
 	ended   []*build // the oldest first
+	told    []*control.BuildHistoryEvent
+	// firstTold is the number of the first of them.
+	firstTold int
 }
 
 // build is one build, with all that was told of it.
