@@ -62,7 +62,8 @@ func TestFilesThatDoNotCome(t *testing.T) {
 		t.Fatal(err)
 	}
 	for why, want := range map[error]error{errdefs.ErrUnavailable: errdefs.ErrUnavailable, errdefs.ErrNotFound: nil} {
-		g := &gateway{j: begunFor(t, b, Request{Client: unreachable{why}})}
+		j := begunFor(t, b, Request{Client: unreachable{why}})
+		g := &gateway{j: j, trace: j.newTrace()}
 		if _, err := g.Solve(t.Context(), gwclient.SolveRequest{Definition: def.ToPB()}); !errors.Is(err, want) {
 			t.Errorf("%v: the frontend is told %v", why, err)
 		}
