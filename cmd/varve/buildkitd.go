@@ -33,6 +33,8 @@ type buildkitdConfig struct {
 	ProvenanceEnvDir string `toml:"provenanceEnvDir"`
 	GRPC             struct {
 		Address []string `toml:"address"`
+		// DebugAddress is where profiles of the daemon are; empty: nowhere.
+		DebugAddress string `toml:"debugAddress"`
 	} `toml:"grpc"`
 	CDI struct {
 		Disabled *bool    `toml:"disabled"`
@@ -71,7 +73,7 @@ const (
 
 // newBuildkitd is the daemon under buildkitd's name and with its flags.
 func newBuildkitd() *cobra.Command {
-	var config, root string
+	var config, root, debug string
 	var addrs, allow, labels []string
 	var gcOn bool
 	cmd := &cobra.Command{
@@ -88,6 +90,7 @@ func newBuildkitd() *cobra.Command {
 			if len(c.GRPC.Address) == 0 {
 				c.GRPC.Address = []string{buildkitdSocket}
 			}
+			c.GRPC.DebugAddress = first(debug, c.GRPC.DebugAddress)
 			c.Entitlements = append(c.Entitlements, allow...)
 			if c.Worker.OCI.Labels == nil {
 				c.Worker.OCI.Labels = map[string]string{}
@@ -106,6 +109,7 @@ func newBuildkitd() *cobra.Command {
 	fl.StringVar(&config, "config", "", "path to config file (default "+buildkitdConf+" if it is there)")
 	fl.StringVar(&root, "root", "", "path to state directory (default "+buildkitdRoot+")")
 	fl.StringArrayVar(&addrs, "addr", nil, "listening address (default "+buildkitdSocket+")")
+	fl.StringVar(&debug, "debugaddr", "", "debugging address of this host (eg. 127.0.0.1:6060)")
 	fl.StringArrayVar(&allow, "allow-insecure-entitlement", nil, "allows insecure entitlements e.g. network.host, security.insecure, device")
 	fl.StringArrayVar(&labels, "oci-worker-labels", nil, "user-specific annotation labels (com.example.foo=bar)")
 	fl.BoolVar(&gcOn, "oci-worker-gc", true, "keep the build cache within the limits of the config file")
@@ -113,7 +117,7 @@ func newBuildkitd() *cobra.Command {
 		"oci-worker-no-process-sandbox", "containerd-worker-gc"} {
 		fl.Bool(name, false, "accepted, means nothing here")
 	}
-	for _, name := range []string{"log-format", "log-level", "group", "debugaddr", "oci-worker-snapshotter", "oci-worker-net", "oci-worker-binary",
+	for _, name := range []string{"log-format", "log-level", "group", "oci-worker-snapshotter", "oci-worker-net", "oci-worker-binary",
 		"oci-worker-platform", "oci-max-parallelism", "otel-socket-path", "cdi-spec-dir", "oci-worker-gc-keepstorage"} {
 		fl.String(name, "", "accepted, means nothing here")
 	}
@@ -218,6 +222,13 @@ func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 		}
 		servers = append(servers, s)
 		fmt.Fprintf(cmd.ErrOrStderr(), "varve: serving %s on %s as %s\n", c.Root, addr, buildkitdName)
+	}
+	if addr := c.GRPC.DebugAddress; addr != "" {
+		debug, err := daemon.ServeDebug(addr, k)
+		if err != nil {
+			return err
+		}
+		defer debug.Close()
 	}
 	select {
 	case <-ctx.Done():
