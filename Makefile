@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim clean
+.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim soak-builder clean
 
 all: build
 
@@ -124,6 +124,12 @@ deep online: build
 # containerd where they are installed.
 reclaim: build
 	$(GO) run ./benchmarks/reclaim $(or $(QUESTIONS),rmi sweep df)
+
+# BUILDS different builds in a daemon with a cap, beside buildkitd: the heap that
+# lives, the memory of all processes, the store each second. Draws docs/soak.svg.
+soak-builder: build
+	@scripts/install-packages runc
+	$(GO) run ./benchmarks/soak -builds $(or $(BUILDS),500) -plot docs/soak.svg
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps
