@@ -77,8 +77,8 @@ powercut: deps
 # CASES kills at moments that nobody chose: of all commands and the daemon, and
 # of a store at work in one process. make kill CASES=1000 SEED=1
 kill: deps
-	CASES=$(or $(CASES),1000) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
-		-run 'TestKillCommands|TestKillAtRandom|LeftoversAreSeen|RecoveryFollows' ./internal/crashtest
+	CASES=$(or $(CASES),1000) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
+		-run 'TestKillCommands|TestKillAtRandom|TestKillInABuild|LeftoversAreSeen|RecoveryFollows' ./internal/crashtest
 
 # Each change to a store's files fails, in turn, or CASES of them: on a disk that
 # breaks and on one that is full, in pulls and removals and in builds.
