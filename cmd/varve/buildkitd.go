@@ -17,7 +17,6 @@ import (
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
 	"varve.dev/errdefs"
-	"varve.dev/gc"
 )
 
 // buildkitdName is how varve is called to be what BuildKit's clients, and what
@@ -42,11 +41,8 @@ type buildkitdConfig struct {
 	} `toml:"cdi"`
 	Worker struct {
 		OCI struct {
-			Labels        map[string]string `toml:"labels"`
-			GC            *bool             `toml:"gc"`
-			MaxUsedSpace  int64             `toml:"maxUsedSpace"`
-			ReservedSpace int64             `toml:"reservedSpace"`
-			MinFreeSpace  int64             `toml:"minFreeSpace"`
+			Labels map[string]string `toml:"labels"`
+			buildkitdGC
 		} `toml:"oci"`
 	} `toml:"worker"`
 	Registry map[string]buildkitdRegistry `toml:"registry"`
@@ -73,13 +69,13 @@ const (
 
 // newBuildkitd is the daemon under buildkitd's name and with its flags.
 func newBuildkitd() *cobra.Command {
-	var config, root, debug string
+	var file, root, debug string
 	var addrs, allow, labels []string
 	var gcOn bool
 	cmd := &cobra.Command{
 		Use: buildkitdName, Short: "varve in buildkitd's place", Args: cobra.NoArgs, SilenceUsage: true, SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := readBuildkitd(config)
+			c, err := readBuildkitd(file)
 			if err != nil {
 				return err
 			}
@@ -106,7 +102,7 @@ func newBuildkitd() *cobra.Command {
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&config, "config", "", "path to config file (default "+buildkitdConf+" if it is there)")
+	fl.StringVar(&file, "config", "", "path to config file (default "+buildkitdConf+" if it is there)")
 	fl.StringVar(&root, "root", "", "path to state directory (default "+buildkitdRoot+")")
 	fl.StringArrayVar(&addrs, "addr", nil, "listening address (default "+buildkitdSocket+")")
 	fl.StringVar(&debug, "debugaddr", "", "debugging address of this host (eg. 127.0.0.1:6060)")
@@ -171,14 +167,6 @@ func readProvenanceEnv(dir string) (map[string]any, error) {
 	return env, nil
 }
 
-// limits are those of the build cache, which is what buildkitd has.
-func (c buildkitdConfig) limits() (l gc.Limits) {
-	if o := c.Worker.OCI; o.GC == nil || *o.GC {
-		l.Cache, l.Free = o.MaxUsedSpace, o.MinFreeSpace
-	}
-	return l
-}
-
 func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 	ctx := cmd.Context()
 	root, err := filepath.Abs(c.Root)
@@ -194,8 +182,12 @@ func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 	if err != nil {
 		return err
 	}
+	limits, err := c.Worker.OCI.limits(root)
+	if err != nil {
+		return err
+	}
 	k, err := daemon.Keep(ctx, daemon.Options{
-		Root: filepath.Join(root, "varve"), State: state, Limits: c.limits(), Entitlements: c.Entitlements, CDIDirs: c.CDI.SpecDirs, BuildLabels: c.Worker.OCI.Labels,
+		Root: filepath.Join(root, "varve"), State: state, Limits: limits, Entitlements: c.Entitlements, CDIDirs: c.CDI.SpecDirs, BuildLabels: c.Worker.OCI.Labels,
 		ProvenanceEnv: env,
 		Registry:      varve.Registry{HostsDir: hosts},
 	}, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line) })
