@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim clean
+.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim soak-builder clean
 
 all: build
 
@@ -77,8 +77,8 @@ powercut: deps
 # CASES kills at moments that nobody chose: of all commands and the daemon, and
 # of a store at work in one process. make kill CASES=1000 SEED=1
 kill: deps
-	CASES=$(or $(CASES),1000) SEED=$(SEED) REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
-		-run 'TestKillCommands|TestKillAtRandom|LeftoversAreSeen|RecoveryFollows' ./internal/crashtest
+	CASES=$(or $(CASES),1000) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
+		-run 'TestKillCommands|TestKillAtRandom|TestKillInABuild|LeftoversAreSeen|RecoveryFollows' ./internal/crashtest
 
 # Each change to a store's files fails, in turn, or CASES of them: on a disk that
 # breaks and on one that is full, in pulls and removals and in builds.
@@ -124,6 +124,12 @@ deep online: build
 # containerd where they are installed.
 reclaim: build
 	$(GO) run ./benchmarks/reclaim $(or $(QUESTIONS),rmi sweep df)
+
+# BUILDS different builds in a daemon with a cap, beside buildkitd: the heap that
+# lives, the memory of all processes, the store each second. Draws docs/soak.svg.
+soak-builder: build
+	@scripts/install-packages runc
+	$(GO) run ./benchmarks/soak -builds $(or $(BUILDS),500) -plot docs/soak.svg
 
 # The simulation at every change instead of every k-th, and every kill.
 crash: deps

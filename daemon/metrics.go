@@ -2,10 +2,7 @@ package daemon
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"time"
 
@@ -14,7 +11,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"varve.dev/api/varve"
-	"varve.dev/errdefs"
 	"varve.dev/internal/version"
 )
 
@@ -39,13 +35,9 @@ func Metrics(k *Keeper) http.Handler {
 // until the listener that it returns is closed. Errors: ErrInvalidArgument,
 // ErrUnavailable.
 func ServeMetrics(addr string, k *Keeper) (io.Closer, error) {
-	at, err := net.ResolveTCPAddr("tcp", addr)
-	if err != nil || !at.IP.IsLoopback() {
-		return nil, errors.Join(err, fmt.Errorf("metrics on %q: an address of the loopback interface and a port are needed: %w", addr, errdefs.ErrInvalidArgument))
-	}
-	l, err := net.ListenTCP("tcp", at)
+	l, err := listenLoopback("metrics", addr)
 	if err != nil {
-		return nil, fmt.Errorf("metrics on %s: %w: %w", addr, err, errdefs.ErrUnavailable)
+		return nil, err
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET "+MetricsPath, Metrics(k))

@@ -54,6 +54,27 @@ func handler(k *Keeper) http.Handler {
 // that nobody answers is replaced; the caller owns the store, so nobody else
 // can be serving it. Errors: ErrUnavailable, naming the path.
 func Listen(path string, k *Keeper) (*Server, error) {
+	l, err := listenUnix(path)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{listener: l, path: path, done: make(chan error, 1), idle: make(chan struct{})}
+	close(s.idle)
+	s.http = &http.Server{
+		Handler:           s.count(handler(k)),
+		ReadHeaderTimeout: 10 * time.Second,
+	}
+	if s.grpc, err = s.builds(k); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	byProtocol := split(l)
+	go func() { s.done <- s.http.Serve(byProtocol.http1) }()
+	go func() { _ = s.grpc.Serve(byProtocol.http2) }()
+	return s, nil
+}
+
+// listenUnix makes a socket that is root's alone.
+func listenUnix(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
 	}
@@ -72,19 +93,7 @@ func Listen(path string, k *Keeper) (*Server, error) {
 		l.Close()
 		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
 	}
-	s := &Server{listener: l, path: path, done: make(chan error, 1), idle: make(chan struct{})}
-	close(s.idle)
-	s.http = &http.Server{
-		Handler:           s.count(handler(k)),
-		ReadHeaderTimeout: 10 * time.Second,
-	}
-	if s.grpc, err = s.builds(k); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	byProtocol := split(l)
-	go func() { s.done <- s.http.Serve(byProtocol.http1) }()
-	go func() { _ = s.grpc.Serve(byProtocol.http2) }()
-	return s, nil
+	return l, nil
 }
 
 // maxMessage bounds a gRPC message, in bytes: a file that a frontend reads.

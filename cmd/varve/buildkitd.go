@@ -17,7 +17,6 @@ import (
 	"varve.dev/api/varve"
 	"varve.dev/daemon"
 	"varve.dev/errdefs"
-	"varve.dev/gc"
 )
 
 // buildkitdName is how varve is called to be what BuildKit's clients, and what
@@ -33,6 +32,8 @@ type buildkitdConfig struct {
 	ProvenanceEnvDir string `toml:"provenanceEnvDir"`
 	GRPC             struct {
 		Address []string `toml:"address"`
+		// DebugAddress is where profiles of the daemon are; empty: nowhere.
+		DebugAddress string `toml:"debugAddress"`
 	} `toml:"grpc"`
 	CDI struct {
 		Disabled *bool    `toml:"disabled"`
@@ -40,11 +41,8 @@ type buildkitdConfig struct {
 	} `toml:"cdi"`
 	Worker struct {
 		OCI struct {
-			Labels        map[string]string `toml:"labels"`
-			GC            *bool             `toml:"gc"`
-			MaxUsedSpace  int64             `toml:"maxUsedSpace"`
-			ReservedSpace int64             `toml:"reservedSpace"`
-			MinFreeSpace  int64             `toml:"minFreeSpace"`
+			Labels map[string]string `toml:"labels"`
+			buildkitdGC
 		} `toml:"oci"`
 	} `toml:"worker"`
 	Registry map[string]buildkitdRegistry `toml:"registry"`
@@ -71,13 +69,13 @@ const (
 
 // newBuildkitd is the daemon under buildkitd's name and with its flags.
 func newBuildkitd() *cobra.Command {
-	var config, root string
+	var file, root, debug string
 	var addrs, allow, labels []string
 	var gcOn bool
 	cmd := &cobra.Command{
 		Use: buildkitdName, Short: "varve in buildkitd's place", Args: cobra.NoArgs, SilenceUsage: true, SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := readBuildkitd(config)
+			c, err := readBuildkitd(file)
 			if err != nil {
 				return err
 			}
@@ -88,6 +86,7 @@ func newBuildkitd() *cobra.Command {
 			if len(c.GRPC.Address) == 0 {
 				c.GRPC.Address = []string{buildkitdSocket}
 			}
+			c.GRPC.DebugAddress = first(debug, c.GRPC.DebugAddress)
 			c.Entitlements = append(c.Entitlements, allow...)
 			if c.Worker.OCI.Labels == nil {
 				c.Worker.OCI.Labels = map[string]string{}
@@ -103,9 +102,10 @@ func newBuildkitd() *cobra.Command {
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&config, "config", "", "path to config file (default "+buildkitdConf+" if it is there)")
+	fl.StringVar(&file, "config", "", "path to config file (default "+buildkitdConf+" if it is there)")
 	fl.StringVar(&root, "root", "", "path to state directory (default "+buildkitdRoot+")")
 	fl.StringArrayVar(&addrs, "addr", nil, "listening address (default "+buildkitdSocket+")")
+	fl.StringVar(&debug, "debugaddr", "", "debugging address of this host (eg. 127.0.0.1:6060)")
 	fl.StringArrayVar(&allow, "allow-insecure-entitlement", nil, "allows insecure entitlements e.g. network.host, security.insecure, device")
 	fl.StringArrayVar(&labels, "oci-worker-labels", nil, "user-specific annotation labels (com.example.foo=bar)")
 	fl.BoolVar(&gcOn, "oci-worker-gc", true, "keep the build cache within the limits of the config file")
@@ -113,7 +113,7 @@ func newBuildkitd() *cobra.Command {
 		"oci-worker-no-process-sandbox", "containerd-worker-gc"} {
 		fl.Bool(name, false, "accepted, means nothing here")
 	}
-	for _, name := range []string{"log-format", "log-level", "group", "debugaddr", "oci-worker-snapshotter", "oci-worker-net", "oci-worker-binary",
+	for _, name := range []string{"log-format", "log-level", "group", "oci-worker-snapshotter", "oci-worker-net", "oci-worker-binary",
 		"oci-worker-platform", "oci-max-parallelism", "otel-socket-path", "cdi-spec-dir", "oci-worker-gc-keepstorage"} {
 		fl.String(name, "", "accepted, means nothing here")
 	}
@@ -167,14 +167,6 @@ func readProvenanceEnv(dir string) (map[string]any, error) {
 	return env, nil
 }
 
-// limits are those of the build cache, which is what buildkitd has.
-func (c buildkitdConfig) limits() (l gc.Limits) {
-	if o := c.Worker.OCI; o.GC == nil || *o.GC {
-		l.Cache, l.Free = o.MaxUsedSpace, o.MinFreeSpace
-	}
-	return l
-}
-
 func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 	ctx := cmd.Context()
 	root, err := filepath.Abs(c.Root)
@@ -190,8 +182,12 @@ func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 	if err != nil {
 		return err
 	}
+	limits, err := c.Worker.OCI.limits(root)
+	if err != nil {
+		return err
+	}
 	k, err := daemon.Keep(ctx, daemon.Options{
-		Root: filepath.Join(root, "varve"), State: state, Limits: c.limits(), Entitlements: c.Entitlements, CDIDirs: c.CDI.SpecDirs, BuildLabels: c.Worker.OCI.Labels,
+		Root: filepath.Join(root, "varve"), State: state, Limits: limits, Entitlements: c.Entitlements, CDIDirs: c.CDI.SpecDirs, BuildLabels: c.Worker.OCI.Labels,
 		ProvenanceEnv: env,
 		Registry:      varve.Registry{HostsDir: hosts},
 	}, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line) })
@@ -218,6 +214,13 @@ func serveBuildkitd(cmd *cobra.Command, c buildkitdConfig) (err error) {
 		}
 		servers = append(servers, s)
 		fmt.Fprintf(cmd.ErrOrStderr(), "varve: serving %s on %s as %s\n", c.Root, addr, buildkitdName)
+	}
+	if addr := c.GRPC.DebugAddress; addr != "" {
+		debug, err := daemon.ServeDebug(addr, k)
+		if err != nil {
+			return err
+		}
+		defer debug.Close()
 	}
 	select {
 	case <-ctx.Done():

@@ -42,7 +42,7 @@ func newDaemon(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State, Limits: limits, Scrub: scrub}, func(line string) {
+			k, err := daemon.Keep(ctx, daemon.Options{Root: c.Root, State: c.State, Limits: limits, Scrub: scrub, Registry: c.registry()}, func(line string) {
 				fmt.Fprintln(cmd.ErrOrStderr(), "varve:", line)
 			})
 			if err != nil {
@@ -61,6 +61,13 @@ func newDaemon(g *globals) *cobra.Command {
 					return errors.Join(err, server.Close(ctx), k.Close(ctx))
 				}
 				defer metrics.Close()
+			}
+			if c.Debug.Listen != "" {
+				debug, err := daemon.ServeDebug(c.Debug.Listen, k)
+				if err != nil {
+					return errors.Join(err, server.Close(ctx), k.Close(ctx))
+				}
+				defer debug.Close()
 			}
 			fmt.Fprintf(cmd.ErrOrStderr(), "varve: serving %s on unix://%s\n", c.Root, socket)
 			select {

@@ -43,6 +43,14 @@ type configFile struct {
 	Metrics struct {
 		Listen string `toml:"listen"` // host:port of this machine alone; they are on the daemon's socket too
 	} `toml:"metrics"`
+	Debug struct {
+		Listen string `toml:"listen"` // unix:///path, or host:port of this machine alone: profiles of the daemon
+	} `toml:"debug"`
+}
+
+// registry is how a daemon's builds talk to registries, unless their clients say.
+func (c configFile) registry() varve.Registry {
+	return varve.Registry{PlainHTTPHosts: c.Registry.PlainHTTP, HostsDir: c.Registry.HostsDir}
 }
 
 // scrubConfig is when a daemon makes a deep check by itself.

@@ -13,7 +13,8 @@
 // the campaign, repertoire_test.go what is run, settings_test.go how,
 // told_test.go the ledger, closed_test.go and accounts_test.go what must not be
 // left. cancel_test.go calls operations off, recovery_test.go counts what a
-// recovery does.
+// recovery does. longbuild_test.go has builds of many steps, which killbuild_test.go
+// and powerbuild_test.go cut and make again: what was told to be over is known.
 // Package snapshotter has the same below images, in one process.
 //
 // It consists of tests only.

@@ -26,7 +26,7 @@ func tell(t *testing.T, in table, what interface{ Row() row }) {
 
 // The tables can be written: each has its place.
 func TestTablesHaveTheirPlaces(t *testing.T) {
-	for _, in := range []table{powerCutTable, plantedTable, longPullTable} {
+	for _, in := range []table{powerCutTable, plantedTable, longPullTable, cutBuildTable} {
 		in.page().Check(t)
 	}
 }

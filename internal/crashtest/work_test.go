@@ -33,6 +33,7 @@ var roles = map[string]powercut.Role{
 	"pull rest":       pullRest,
 	"pull and remove": pullAndRemove,
 	"build twice":     buildTwice,
+	"build long":      buildLong,
 	"recover":         recoverStore,
 	"pull and die":    pullAndDie,
 	"count recovery":  countRecovery,

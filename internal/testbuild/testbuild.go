@@ -34,6 +34,7 @@ type Build struct {
 	Dir        string // the build context; empty: one without files
 	Network    string // of RUN steps, if not the builder's usual one
 	Registry   varve.Registry
+	Told       func(*client.SolveStatus) // is told what the client is; nil: nobody
 }
 
 // Result is what came of a build.
@@ -58,7 +59,12 @@ func Run(ctx context.Context, s Solver, b Build) (r Result, err error) {
 		Frontend: "dockerfile.v0",
 		Attrs:    map[string]string{varve.RegistryOption: string(registry)},
 		Exports:  []builder.Export{{Type: client.ExporterImage, Attrs: map[string]string{"name": b.Name}}},
-		Progress: r.tell,
+		Progress: func(s *client.SolveStatus) {
+			r.tell(s)
+			if b.Told != nil {
+				b.Told(s)
+			}
+		},
 	}
 	if b.Network != "" {
 		req.Attrs["force-network-mode"] = b.Network
