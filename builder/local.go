@@ -146,24 +146,26 @@ func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last 
 		}
 	}
 	t := &step{j: j, v: o.v, key: last, began: time.Now()}
-	active, tree, err := t.prepare(ctx, base)
-	if err != nil {
-		return out, err
-	}
-	var changed bool
 	was, err := j.view(ctx, base)
-	if err == nil {
-		changed, err = o.receive(ctx, caller, tree, was)
-	}
 	if err != nil {
-		t.discard(active)
 		return out, err
 	}
-	if !changed && base != "" {
-		t.discard(active)
-		out = known
-	} else if out, err = t.commit(ctx, []layout.SnapshotKey{active}); err != nil {
+	w := &contextLayer{step: t, base: base}
+	changed, err := o.receive(ctx, caller, w, was)
+	switch {
+	case err != nil:
+		w.discard()
 		return out, err
+	case !changed && base != "":
+		w.discard()
+		out = known
+	default:
+		if err := w.make(ctx); err != nil {
+			return out, err
+		}
+		if out, err = t.commit(ctx, []layout.SnapshotKey{w.active}); err != nil {
+			return out, err
+		}
 	}
 	sum, err := j.digestOf(ctx, out.snapshots[0], everything)
 	k := newKeyHash("files")
@@ -172,15 +174,49 @@ func (o *localOrigin) transfer(ctx context.Context, caller session.Caller, last 
 	return out, err
 }
 
-// receive has the client send what differs from a tree, of which is known what
-// it has, and tells whether anything did.
-func (o *localOrigin) receive(ctx context.Context, caller session.Caller, tree overlay.Tree, was *treeView) (changed bool, err error) {
-	root, err := openMount(o.j.b.Scratch, tree, "")
-	if err != nil {
-		return false, err
+// contextLayer is the layer that takes what has changed in a directory. Most
+// often that is nothing, and there never is one.
+type contextLayer struct {
+	*step
+	base   layout.SnapshotKey
+	active layout.SnapshotKey
+	tree   overlay.Tree
+}
+
+func (w *contextLayer) make(ctx context.Context) (err error) {
+	if w.active == "" {
+		w.active, w.tree, err = w.prepare(ctx, w.base)
 	}
-	fsRoot := newKeptRoot(fsutil.NewRoot(root), was, tree.Upper)
-	defer func() { err = errors.Join(err, fsRoot.Close()) }()
+	return err
+}
+
+func (w *contextLayer) discard() {
+	if w.active != "" {
+		w.step.discard(w.active)
+	}
+}
+
+// open makes the layer and mounts the directory with it.
+func (w *contextLayer) open(ctx context.Context) (fsutil.Root, error) {
+	if err := w.make(ctx); err != nil {
+		return nil, err
+	}
+	root, err := openMount(w.j.b.Scratch, w.tree, "")
+	if err != nil {
+		return nil, err
+	}
+	return fsutil.NewRoot(root), nil
+}
+
+// receive has the client send what differs from what there was, into a layer,
+// and tells whether anything did.
+func (o *localOrigin) receive(ctx context.Context, caller session.Caller, w *contextLayer, was *treeView) (changed bool, err error) {
+	root := &keptRoot{
+		was:   newKeptFS(was),
+		open:  func() (fsutil.Root, error) { return w.open(ctx) },
+		upper: func() string { return w.tree.Upper },
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
 	if !caller.Supports(session.MethodURL(filesync.FileSync_ServiceDesc.ServiceName, "diffcopy")) {
 		return false, fmt.Errorf("no local sources enabled: directory %q was not given: %w", o.name, errdefs.ErrNotFound)
 	}
@@ -199,11 +235,14 @@ func (o *localOrigin) receive(ctx context.Context, caller session.Caller, tree o
 	if options.MetadataOnly, err = o.metadataOnly(); err != nil {
 		return false, err
 	}
-	if err := fsutil.ReceiveRoot(ctx, stream, fsRoot, options); err != nil {
+	if err := fsutil.ReceiveRoot(ctx, stream, root, options); err != nil {
 		return false, err
 	}
 	_ = stream.CloseSend()
-	entries, err := os.ReadDir(tree.Upper)
+	if w.active == "" {
+		return false, nil
+	}
+	entries, err := os.ReadDir(w.tree.Upper)
 	return len(entries) > 0, err
 }
 
