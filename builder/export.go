@@ -437,6 +437,9 @@ func (w *writer) publish(ctx context.Context, root ocispec.Descriptor, names []s
 			_ = in.Close()
 		}
 	}()
+	if same, err := w.published(ctx, root, names); err != nil || same {
+		return err
+	}
 	in := layout.IntentRecord{Purpose: "export image " + root.Digest.String(), Edges: w.edges}
 	published := map[digest.Digest]bool{}
 	for _, l := range w.layers {
@@ -474,6 +477,32 @@ func (w *writer) publish(ctx context.Context, root ocispec.Descriptor, names []s
 	return w.remember()
 }
 
+// published tells whether the image is in the store under all names, as it is
+// when everything came from the cache.
+func (w *writer) published(ctx context.Context, root ocispec.Descriptor, names []string) (same bool, err error) {
+	same = len(names) > 0
+	for _, l := range w.layers {
+		same = same && l.fresh == nil
+	}
+	if !same {
+		return false, nil
+	}
+	err = w.j.b.DB.View(ctx, func(tx *metadata.Tx) error {
+		for _, name := range names {
+			rec, err := tx.Images().Get(name)
+			if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+				return err
+			}
+			same = same && err == nil && rec.Target.Digest == root.Digest
+		}
+		return nil
+	})
+	if err != nil || !same {
+		return false, err
+	}
+	return true, w.j.b.DB.Settle(ctx)
+}
+
 // stage puts a document into an ingest of its own.
 func (w *writer) stage(ctx context.Context, doc document) (layout.BlobMove, error) {
 	in, err := w.j.b.Blobs.NewIngest(ctx, "export-"+layout.NewID(), layout.BlobDigest(doc.desc.Digest))
@@ -491,6 +520,9 @@ func (w *writer) stage(ctx context.Context, doc document) (layout.BlobMove, erro
 // next export. A layer that was pulled keeps its DiffID, which images and the
 // index know it by.
 func (w *writer) remember() error {
+	if !slices.ContainsFunc(w.layers, func(l *exported) bool { return l.fresh != nil && !l.own }) {
+		return nil
+	}
 	return w.j.b.DB.Update(context.Background(), func(tx *metadata.Tx) error {
 		for _, l := range w.layers {
 			if l.fresh == nil || l.own {

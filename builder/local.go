@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,6 +22,7 @@ import (
 	grpcmetadata "google.golang.org/grpc/metadata"
 
 	"varve.dev/errdefs"
+	"varve.dev/layer"
 	"varve.dev/layout"
 	"varve.dev/overlay"
 )
@@ -208,6 +211,27 @@ func (w *contextLayer) open(ctx context.Context) (fsutil.Root, error) {
 	return fsutil.NewRoot(root), nil
 }
 
+// differs tells whether the layer has anything that was not there before, but for
+// its time. What is sent whatever its time says is mostly what it was: keeping it
+// would make a layer of every build.
+func (w *contextLayer) differs(ctx context.Context, was *treeView) (bool, error) {
+	m, err := layer.Walk(ctx, w.tree.Upper, layer.WalkOptions{})
+	if err != nil {
+		return false, fmt.Errorf("local source: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	return slices.ContainsFunc(m.Entries, func(now layer.Entry) bool {
+		if now.Names[0] == "." {
+			return false
+		}
+		before := was.entries[now.Names[0]]
+		if before == nil {
+			return true
+		}
+		now.MTime = before.MTime
+		return !reflect.DeepEqual(now, *before)
+	}), nil
+}
+
 // receive has the client send what differs from what there was, into a layer,
 // and tells whether anything did.
 func (o *localOrigin) receive(ctx context.Context, caller session.Caller, w *contextLayer, was *treeView) (changed bool, err error) {
@@ -241,6 +265,9 @@ func (o *localOrigin) receive(ctx context.Context, caller session.Caller, w *con
 	_ = stream.CloseSend()
 	if w.active == "" {
 		return false, nil
+	}
+	if o.differ == fsutil.DiffNone {
+		return w.differs(ctx, was)
 	}
 	entries, err := os.ReadDir(w.tree.Upper)
 	return len(entries) > 0, err
