@@ -238,6 +238,7 @@ const keptEvents = 1024
 // announce tells listeners of a build; what nobody listens to is not kept. Callers
 // hold mu.
 func (bs *builds) announce(e *control.BuildHistoryEvent) {
+	defer bs.changed.Broadcast()
 	if bs.listeners == 0 {
 		bs.firstTold++
 		return
@@ -247,7 +248,6 @@ func (bs *builds) announce(e *control.BuildHistoryEvent) {
 		bs.told = slices.Delete(bs.told, 0, drop)
 		bs.firstTold += drop
 	}
-	bs.changed.Broadcast()
 }
 
 // update changes what is known of a build.

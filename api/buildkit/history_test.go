@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"testing/synctest"
 
 	control "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/client"
@@ -78,4 +79,29 @@ func TestHistoryIsTold(t *testing.T) {
 	if bs.listeners != 0 || len(bs.told) != 0 {
 		t.Errorf("%d listeners, %d events", bs.listeners, len(bs.told))
 	}
+}
+
+// Who follows a build is told of its end, whether anybody listens to the history or
+// not.
+func TestFollowEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		bs := newBuilds()
+		b, err := bs.begin(&control.SolveRequest{Ref: "one"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- bs.follow(t.Context(), "one", func(*client.SolveStatus) error { return nil }) }()
+		synctest.Wait()
+		bs.end(b, builder.Response{}, nil)
+		synctest.Wait()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Error(err)
+			}
+		default:
+			t.Error("the build is over, and who follows it waits")
+		}
+	})
 }
