@@ -74,8 +74,9 @@ powercut: deps
 	@scripts/install-packages $(CLIENTS)
 	FS=$(FS) CASES=$(or $(CASES),500) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v -run 'TestPowerCut|Sees|Planted|UnderTheRig' ./internal/crashtest
 
-# CASES kills at moments that nobody chose: of all commands and the daemon, and
-# of a store at work in one process. make kill CASES=1000 SEED=1
+# CASES kills at moments that nobody chose: of all commands and the daemon, of a
+# daemon in the middle of long builds (a tenth of them), and of a store at work in
+# one process. make kill CASES=1000 SEED=1
 kill: deps
 	CASES=$(or $(CASES),1000) SEED=$(SEED) VARVE_RECORD=1 REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 3h -v \
 		-run 'TestKillCommands|TestKillAtRandom|TestKillInABuild|LeftoversAreSeen|RecoveryFollows' ./internal/crashtest

@@ -73,13 +73,30 @@ func Listen(path string, k *Keeper) (*Server, error) {
 	return s, nil
 }
 
+// dyingWait is how long a socket may be taken that nobody serves: one who is killed
+// while he starts a process leaves it to that one, until it executes its program.
+const dyingWait = time.Second
+
+// answered tells whether somebody takes calls on a socket, and goes on to.
+func answered(path string) bool {
+	for begin := time.Now(); ; time.Sleep(dyingWait / 50) {
+		conn, err := net.DialTimeout("unix", path, dyingWait)
+		if err != nil {
+			return false
+		}
+		conn.Close()
+		if time.Since(begin) > dyingWait {
+			return true
+		}
+	}
+}
+
 // listenUnix makes a socket that is root's alone.
 func listenUnix(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("socket %s: %w: %w", path, err, errdefs.ErrUnavailable)
 	}
-	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
-		conn.Close()
+	if answered(path) {
 		return nil, fmt.Errorf("socket %s: another process answers on it: %w", path, errdefs.ErrUnavailable)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -109,6 +109,7 @@ func (b *build) keep(mediaType string, data []byte) *control.Descriptor {
 		b.blobs = map[digest.Digest][]byte{}
 	}
 	b.blobs[d] = data
+	b.kept += len(data)
 	return &control.Descriptor{MediaType: mediaType, Digest: d.String(), Size: int64(len(data))}
 }
 
@@ -189,6 +190,8 @@ func (bs *builds) listen(ctx context.Context, req *control.BuildHistoryRequest, 
 	}
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
+	bs.listeners++
+	defer bs.leave()
 	next := bs.firstTold + len(bs.told)
 	var now []*control.BuildHistoryEvent
 	for _, b := range bs.all {
@@ -221,17 +224,30 @@ func (bs *builds) listen(ctx context.Context, req *control.BuildHistoryRequest, 
 	}
 }
 
+// leave ends the listening of one listener. Callers hold mu.
+func (bs *builds) leave() {
+	if bs.listeners--; bs.listeners == 0 {
+		bs.firstTold += len(bs.told)
+		bs.told = nil
+	}
+}
+
 // keptEvents is how many events a listener may be behind.
 const keptEvents = 1024
 
-// announce tells listeners of a build. Callers hold mu.
+// announce tells listeners of a build; what nobody listens to is not kept. Callers
+// hold mu.
 func (bs *builds) announce(e *control.BuildHistoryEvent) {
+	defer bs.changed.Broadcast()
+	if bs.listeners == 0 {
+		bs.firstTold++
+		return
+	}
 	bs.told = append(bs.told, e)
 	if drop := len(bs.told) - keptEvents; drop > 0 {
 		bs.told = slices.Delete(bs.told, 0, drop)
 		bs.firstTold += drop
 	}
-	bs.changed.Broadcast()
 }
 
 // update changes what is known of a build.

@@ -21,10 +21,11 @@ type builds struct {
 	mu      *sync.Mutex
 	changed *sync.Cond // something was told, begun, opened or ended
 	all     map[string]*build
-	ended   []*build // the oldest first
-	told    []*control.BuildHistoryEvent
+	ended   []*build                     // the oldest first
+	told    []*control.BuildHistoryEvent // for those who listen
 	// firstTold is the number of the first of them.
 	firstTold int
+	listeners int
 }
 
 // build is one build, with all that was told of it.
@@ -40,6 +41,7 @@ type build struct {
 	vertices map[string]*client.Vertex
 	warnings int
 	blobs    map[digest.Digest][]byte // that the record names
+	kept     int                      // bytes of them
 }
 
 const (
@@ -47,6 +49,9 @@ const (
 	keptBuilds = 64
 	// keptLogs bounds the output that is kept of one build, in bytes.
 	keptLogs = 4 << 20
+	// keptBytes bounds what is kept of all builds that are over, in bytes: their
+	// output, and once more as a blob.
+	keptBytes = 32 << 20
 )
 
 func newBuilds() builds {
@@ -80,15 +85,29 @@ func (bs *builds) end(b *build, response builder.Response, err error) {
 	b.record.CompletedAt = timestamppb.Now()
 	b.finish(response, err)
 	bs.ended = append(bs.ended, b)
-	for i := 0; len(bs.ended) > keptBuilds && i < len(bs.ended); {
+	bs.trim()
+	bs.announce(b.event())
+}
+
+// trim forgets builds that are over, the oldest first, until few enough are kept:
+// neither the last one nor those that somebody wants kept. Callers hold mu.
+func (bs *builds) trim() {
+	bytes := 0
+	for _, b := range bs.ended {
+		bytes += b.bytes()
+	}
+	for i := 0; (len(bs.ended) > keptBuilds || bytes > keptBytes) && i < len(bs.ended)-1; {
 		if bs.ended[i].record.Pinned {
 			i++
 			continue
 		}
+		bytes -= bs.ended[i].bytes()
 		bs.forget(bs.ended[i])
 	}
-	bs.announce(b.event())
 }
+
+// bytes is what is kept of a build that is over.
+func (b *build) bytes() int { return b.logs + b.kept }
 
 // forget drops a build that is over. Callers hold mu.
 func (bs *builds) forget(b *build) {

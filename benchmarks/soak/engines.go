@@ -25,7 +25,6 @@ type engine struct {
 	name   string
 	addr   string // of BuildKit's API
 	store  string // the directory that is measured
-	shim   string // programs that run for it without being its children; ""
 	debug  http.Client
 	cmd    *exec.Cmd
 	log    testkit.Buffer
@@ -42,7 +41,7 @@ const cacheShare = 0.9
 func startVarve(ctx context.Context, dir, bin, registry string, limit int64) (*engine, error) {
 	config := fmt.Sprintf("root = %q\nstate = %q\n[registry]\nplain_http = [%q]\n[gc]\nsize = \"%d\"\ncache = \"%d\"\n[debug]\nlisten = \"unix://%s\"\n",
 		dir+"/store", dir+"/state", registry, limit, int64(cacheShare*float64(limit)), dir+"/debug.sock")
-	e := &engine{name: "varve", addr: "unix://" + dir + "/state/varve.sock", store: dir + "/store", shim: bin + "/varve-runtime"}
+	e := &engine{name: "varve", addr: "unix://" + dir + "/state/varve.sock", store: dir + "/store"}
 	return e, e.start(ctx, dir, config, bin+"/varve", "--config", dir+"/config.toml", "daemon")
 }
 

@@ -50,7 +50,7 @@ type eye struct {
 func watch(e *engine) *eye {
 	w := &eye{stop: make(chan struct{})}
 	w.every(memoryEvery, func() {
-		rss, hwm := memory(e.cmd.Process.Pid, e.shim)
+		rss, hwm := memory(e.cmd.Process.Pid)
 		w.mu.Lock()
 		w.now.rss, w.now.hwm = max(w.now.rss, rss), max(w.now.hwm, hwm)
 		w.mu.Unlock()
@@ -91,28 +91,18 @@ func (w *eye) since() (s sample) {
 	return s
 }
 
-// memory adds up VmRSS and VmHWM, in bytes, of a process, of all that stem from
-// it, and of all that stem from processes that run the program shim.
-func memory(root int, shim string) (rss, hwm int64) {
-	entries, _ := os.ReadDir("/proc")
-	parents := map[int]int{}
-	ours := map[int]bool{root: true}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		parents[pid] = int(status(pid)["PPid"])
-		if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil && shim != "" && exe == shim {
-			ours[pid] = true
-		}
-	}
-	for pid := range parents {
-		for p := pid; p > 1; p = parents[p] {
-			if ours[p] {
-				s := status(pid)
-				rss, hwm = rss+s["VmRSS"]<<10, hwm+s["VmHWM"]<<10
-				break
+// memory adds up VmRSS and VmHWM, in bytes, of a process and of all that stem from
+// it.
+func memory(pid int) (rss, hwm int64) {
+	s := status(pid)
+	rss, hwm = s["VmRSS"]<<10, s["VmHWM"]<<10
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, of := range threads {
+		children, _ := os.ReadFile(of)
+		for _, child := range strings.Fields(string(children)) {
+			if n, err := strconv.Atoi(child); err == nil {
+				r, h := memory(n)
+				rss, hwm = rss+r, hwm+h
 			}
 		}
 	}

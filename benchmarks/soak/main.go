@@ -23,6 +23,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -82,7 +83,7 @@ func run(ctx context.Context, o options) (err error) {
 	for _, e := range engines {
 		err = errors.Join(err, e.end())
 	}
-	if len(engines) == 0 || len(engines[0].builds) == 0 {
+	if engines = slices.DeleteFunc(engines, func(e *engine) bool { return len(e.builds) == 0 }); len(engines) == 0 {
 		return err
 	}
 	report(o, engines)

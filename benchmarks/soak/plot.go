@@ -30,22 +30,25 @@ func plot(o options, engines []*engine) []byte {
 	return b.Bytes()
 }
 
-// panel draws one curve of each, with the promise as a dashed line.
+// panel draws one curve of each, as high as the highest, and what is promised as a
+// dashed line if that is not far above.
 func panel(b *bytes.Buffer, top int, c curve, engines []*engine, limit int64) {
-	most := limit
+	most := int64(0)
 	for _, e := range engines {
 		most = max(most, slices.Max(e.each(c.of)))
 	}
 	y := func(v int64) float64 { return float64(top+height) - float64(height)*float64(v)/float64(most) }
 	n := len(engines[0].builds)
-	fmt.Fprintf(b, `<text x="%d" y="%d" font-weight="bold">%s</text>`+"\n", left, top-12, c.name)
+	fmt.Fprintf(b, `<text x="%d" y="%d"><tspan font-weight="bold">%s</tspan> (promised: %.0f MiB)</text>`+"\n", left, top-12, c.name, inMiB(limit))
 	for i, e := range engines {
-		fmt.Fprintf(b, `<text x="%d" y="%d" fill="%s">%s</text>`+"\n", left+300+100*i, top-12, colour(i), e.name)
+		fmt.Fprintf(b, `<text x="%d" y="%d" fill="%s">%s</text>`+"\n", left+400+100*i, top-12, colour(i), e.name)
 	}
 	for _, v := range []int64{0, most / 2, most} {
 		fmt.Fprintf(b, `<path d="M%d %.1fh%d" stroke="#ddd"/><text x="%d" y="%.1f" text-anchor="end">%.0f MiB</text>`+"\n", left, y(v), width, left-6, y(v)+4, inMiB(v))
 	}
-	fmt.Fprintf(b, `<path d="M%d %.1fh%d" stroke="#888" stroke-dasharray="6 4"/>`+"\n", left, y(limit), width)
+	if limit <= most {
+		fmt.Fprintf(b, `<path d="M%d %.1fh%d" stroke="#888" stroke-dasharray="6 4"/>`+"\n", left, y(limit), width)
+	}
 	for i, e := range engines {
 		fmt.Fprintf(b, `<polyline fill="none" stroke="%s" points="`, colour(i))
 		for x, v := range e.each(c.of) {

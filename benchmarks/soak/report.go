@@ -16,9 +16,6 @@ func report(o options, engines []*engine) {
 	fmt.Printf("\n%d different builds, a store of at most %d MiB; slopes of the last %d builds with 95 %% confidence\n",
 		len(engines[0].builds), o.cap/mib, last(len(engines[0].builds)))
 	for _, e := range engines {
-		if len(e.builds) == 0 {
-			continue
-		}
 		took := e.each(func(s sample) int64 { return int64(s.took) })
 		fmt.Printf("\n%s: a build took %.2f s (median), %.2f s at most\n", e.name, time.Duration(median(took)).Seconds(), time.Duration(slices.Max(took)).Seconds())
 		for _, c := range curves() {
@@ -110,7 +107,7 @@ func fit(values []int64) slope {
 		means = append(means, sum/block)
 	}
 	n := float64(len(means))
-	if n < 3 {
+	if n < 5 {
 		return slope{0, math.Inf(1)}
 	}
 	middle, level := (n-1)/2, 0.0

@@ -119,6 +119,11 @@ func (b *longClient) build(s *steps, to string, attrs map[string]string) error {
 		return err
 	}
 	defer c.Close()
+	// A daemon that is killed while it starts a process leaves its socket to
+	// that one until it executes its program: somebody takes calls, and drops them.
+	if err := c.Wait(ctx); err != nil {
+		return err
+	}
 	files, err := fsutil.NewFS(b.files)
 	if err != nil {
 		return err
