@@ -12,7 +12,7 @@ GOTEST   = CGO_ENABLED=1 $(GO) test -tags $(TAGS)$(TIER)
 
 # What the build, the tests and the demo need from Debian.
 PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
-            docker-registry e2fsprogs xfsprogs btrfs-progs fuse3 iproute2 crun umoci
+            docker-registry e2fsprogs xfsprogs btrfs-progs fuse3 iproute2 crun umoci git bzip2 xz-utils
 
 # What else the tests beside other tools need.
 CLIENTS := docker.io podman containerd runc crun
@@ -44,12 +44,12 @@ test-clients: build
 	@scripts/install-packages $(CLIENTS)
 	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 20m -run TestClients ./cmd/varve
 
-# Many builds by varve and by BuildKit, which is built once per version: the
-# same trees and configs. And what a power cut leaves of containerd's pulls.
+# The corpus of Dockerfiles by BuildKit, which is built once per version: it
+# makes what varve has to. And what a power cut leaves of containerd's pulls.
 test-peers: TIER := ,peers
 test-peers: build
 	@scripts/install-packages $(PEERS)
-	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 40m -v -run TestPeers ./cmd/varve ./internal/crashtest
+	REQUIRE_ROOT=1 $(GOTEST) -count=1 -timeout 40m -v -run TestPeers ./internal/corpustest ./internal/crashtest
 
 # BuildKit's own tests of the Dockerfile frontend, against varve in buildkitd's
 # place; it is built with them once per version. TESTS chooses by a regexp.

@@ -63,8 +63,10 @@ type exported struct {
 	record layout.LayerRecord
 	desc   ocispec.Descriptor
 	diffID digest.Digest
-	fresh  *content.Ingest // to be published; nil for a blob that is there
-	own    bool            // not what the layer is to be known as from now on
+	fresh  *content.Ingest    // to be published; nil for a blob that is there
+	own    bool               // not what the layer is to be known as from now on
+	packed ocispec.Descriptor // a blob of it to compress in another way; none: it is made of the tree
+	clamp  *time.Time         // the time of files that are younger
 }
 
 // image writes what the exporter wants of a result: a manifest, or an index of
@@ -280,8 +282,11 @@ func (w *writer) chain(ctx context.Context, top layout.SnapshotKey, epoch *time.
 	}
 	diverged := false
 	for i, l := range out {
-		if diverged = diverged || i >= len(base) || base[i] != l.diffID; epoch != nil && diverged || w.o.compression.Force && !w.compressed(l) {
-			l.desc, l.own = ocispec.Descriptor{}, true
+		switch diverged = diverged || i >= len(base) || base[i] != l.diffID; {
+		case epoch != nil && diverged:
+			l.desc, l.own, l.clamp = ocispec.Descriptor{}, true, epoch
+		case w.o.compression.Force && !w.compressed(l):
+			l.packed, l.desc, l.own = l.desc, ocispec.Descriptor{}, true
 		}
 	}
 	g, gctx := errgroup.WithContext(ctx)
@@ -290,11 +295,7 @@ func (w *writer) chain(ctx context.Context, top layout.SnapshotKey, epoch *time.
 		if l.desc.Digest != "" {
 			continue
 		}
-		var clamp *time.Time
-		if l.own {
-			clamp = epoch
-		}
-		g.Go(func() error { return w.write(gctx, l, clamp) })
+		g.Go(func() error { return w.write(gctx, l) })
 	}
 	err = g.Wait()
 	for _, l := range out {
@@ -377,13 +378,9 @@ func (w *writer) pulled(ctx context.Context, key layout.SnapshotKey) (m ocispec.
 	return m, image.RootFS.DiffIDs, err == nil, err
 }
 
-// write makes the blob of a layer: its tree as a tar stream, compressed, both
-// hashed on the way.
-func (w *writer) write(ctx context.Context, l *exported, clamp *time.Time) error {
-	parents, err := w.j.b.Snaps.Layers(ctx, l.key)
-	if err != nil {
-		return err
-	}
+// write makes the blob of a layer: its tree as a tar stream, or the stream of
+// another blob of it, compressed, both hashed on the way.
+func (w *writer) write(ctx context.Context, l *exported) error {
 	in, err := w.j.b.Blobs.NewIngest(ctx, "export-"+layout.NewID(), "")
 	if err != nil {
 		return err
@@ -392,7 +389,7 @@ func (w *writer) write(ctx context.Context, l *exported, clamp *time.Time) error
 	compressor, finish := w.o.compression.Type.Compress(ctx, w.o.compression)
 	z, err := compressor(in, w.o.compression.Type.MediaType())
 	if err == nil {
-		err = layer.Export(ctx, io.MultiWriter(z, diff.Hash()), parents[0].Manifest, parents[0].Dir, layer.ExportOptions{Latest: clamp})
+		err = w.stream(ctx, io.MultiWriter(z, diff.Hash()), l)
 		if cerr := z.Close(); err == nil {
 			err = cerr // after a failed write it says the same again
 		}
@@ -407,13 +404,36 @@ func (w *writer) write(ctx context.Context, l *exported, clamp *time.Time) error
 			return fmt.Errorf("layer %s: %w", l.id, err)
 		}
 	}
-	if clamp != nil {
+	if l.clamp != nil {
 		if l.desc.Annotations == nil {
 			l.desc.Annotations = map[string]string{}
 		}
-		l.desc.Annotations["buildkit/rewritten-timestamp"] = strconv.FormatInt(clamp.Unix(), 10)
+		l.desc.Annotations["buildkit/rewritten-timestamp"] = strconv.FormatInt(l.clamp.Unix(), 10)
 	}
 	return nil
+}
+
+// stream writes a layer as a tar stream.
+func (w *writer) stream(ctx context.Context, to io.Writer, l *exported) error {
+	if l.packed.Digest == "" {
+		parents, err := w.j.b.Snaps.Layers(ctx, l.key)
+		if err != nil {
+			return err
+		}
+		return layer.Export(ctx, to, parents[0].Manifest, parents[0].Dir, layer.ExportOptions{Latest: l.clamp})
+	}
+	blob, err := w.j.b.Blobs.ReaderAt(ctx, l.packed)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	plain, _, err := layer.Decompress(io.NewSectionReader(blob, 0, blob.Size()))
+	if err != nil {
+		return err
+	}
+	defer plain.Close()
+	_, err = io.Copy(to, plain)
+	return err
 }
 
 // abandon throws away what was written, and returns err.

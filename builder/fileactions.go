@@ -1,23 +1,19 @@
 package builder
 
 import (
-	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/continuity/fs"
 	"github.com/moby/buildkit/solver/pb"
 	copyfs "github.com/tonistiigi/fsutil/copy"
 
 	"varve.dev/errdefs"
-	"varve.dev/layer"
 )
 
 // times turns an action's time into what copy takes; nil leaves times alone.
@@ -187,52 +183,4 @@ func keepSlash(p string) string {
 		return clean + strings.TrimPrefix(end, "/")
 	}
 	return clean + end
-}
-
-// unpack extracts name into the directory to if it is an archive, compressed
-// or not, as ADD does, and tells whether it was one. What is in it becomes
-// owner's, if owner has a say in whose files are.
-func unpack(ctx context.Context, src, name, dst, to string, owner copyfs.Chowner, ns int64) (bool, error) {
-	p, err := fs.RootPath(src, name)
-	if err != nil {
-		return false, err
-	}
-	fi, err := os.Stat(p)
-	if err != nil || !fi.Mode().IsRegular() {
-		return false, nil // not an archive; the copy says what is wrong
-	}
-	f, err := os.Open(p)
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	if !layer.IsArchive(f) {
-		return false, nil
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return false, err
-	}
-	dir, err := fs.RootPath(dst, filepath.Join("/", to))
-	if err != nil {
-		return false, err
-	}
-	if _, err := copyfs.MkdirAll(dir, 0o755, owner, times(ns)); err != nil {
-		return false, err
-	}
-	stream, _, err := layer.Decompress(f)
-	if err != nil {
-		return false, err
-	}
-	defer stream.Close()
-	// An archive's own file called .wh.something is a file like others.
-	asItIs := archive.WithConvertWhiteout(func(*tar.Header, string) (bool, error) { return true, nil })
-	asOwner := archive.WithFilter(func(hdr *tar.Header) (bool, error) {
-		u, err := owner(&copyfs.User{UID: hdr.Uid, GID: hdr.Gid})
-		if err == nil {
-			hdr.Uid, hdr.Gid = u.UID, u.GID
-		}
-		return true, err
-	})
-	_, err = archive.Apply(ctx, dir, stream, asItIs, asOwner)
-	return true, err
 }

@@ -162,7 +162,7 @@ func (e *execution) mounts(ctx context.Context) error {
 			if size := m.TmpfsOpt.GetSize(); size > 0 {
 				options = append(options, fmt.Sprintf("size=%d", size))
 			}
-			e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "tmpfs", Target: m.Dest, Options: options})
+			e.spec.Mounts = append(e.spec.Mounts, runtime.Mount{Type: "tmpfs", Source: "tmpfs", Target: m.Dest, Options: options})
 		case pb.MountType_SECRET:
 			err = e.secret(ctx, m)
 		case pb.MountType_SSH:

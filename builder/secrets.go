@@ -50,7 +50,7 @@ func (j *job) secretData(ctx context.Context, id string, optional bool) (data []
 		return nil, false, nil
 	}
 	if missing {
-		err = fmt.Errorf("secret %s: %w: %w", id, secrets.ErrNotFound, errdefs.ErrNotFound)
+		err = &kindError{fmt.Errorf("secret %s: %w", id, secrets.ErrNotFound), errdefs.ErrNotFound}
 	}
 	return nil, false, err
 }
@@ -70,20 +70,19 @@ func (e *execution) secret(ctx context.Context, m *pb.Mount) error {
 	return nil
 }
 
-// secretEnv puts secrets into the environment.
+// secretEnv puts secrets into the environment. One that is not there, and need
+// not be, is empty.
 func (e *execution) secretEnv(ctx context.Context, list []*pb.SecretEnv) error {
 	for _, s := range list {
 		id := s.ID
 		if id == "" {
 			return fmt.Errorf("secret ID missing for %q environment variable: %w", s.Name, errdefs.ErrInvalidArgument)
 		}
-		data, ok, err := e.j.secretData(ctx, id, s.Optional)
+		data, _, err := e.j.secretData(ctx, id, s.Optional)
 		if err != nil {
 			return err
 		}
-		if ok {
-			e.spec.Env = append(e.spec.Env, s.Name+"="+string(data))
-		}
+		e.spec.Env = append(e.spec.Env, s.Name+"="+string(data))
 	}
 	return nil
 }

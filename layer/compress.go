@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"errors"
@@ -122,14 +121,3 @@ func Compress(w io.Writer, c Compression) (io.WriteCloser, error) {
 type nopCloser struct{ io.Writer }
 
 func (nopCloser) Close() error { return nil }
-
-// IsArchive tells whether r begins a tar stream, compressed or not.
-func IsArchive(r io.Reader) bool {
-	stream, _, err := Decompress(r)
-	if err != nil {
-		return false
-	}
-	defer stream.Close()
-	_, err = tar.NewReader(stream).Next()
-	return err == nil
-}

@@ -8,6 +8,8 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
+	"time"
 
 	securejoin "github.com/cyphar/filepath-securejoin"
 	"golang.org/x/sys/unix"
@@ -99,32 +101,56 @@ func ownNamespace() error {
 	return nil
 }
 
-// missingTargets returns the mount targets that are not in the root file
-// system: libcontainer makes them, and what was only made to be mounted on
-// does not belong into a layer. Of a path that lacks several elements it is
-// the first.
-func missingTargets(rootfs string, spec *runtime.Spec) []string {
+// makeStubs makes the mount targets that are not in the root file system, and
+// returns those to take away again: what was only made to be mounted on does
+// not belong into a layer. Of a path that lacks several elements it makes the
+// first, and libcontainer the rest. The folders that they are in keep their
+// times. What cannot be made here is libcontainer's to make, or to refuse.
+func makeStubs(rootfs string, spec *runtime.Spec) (stubs []string) {
 	root, err := os.OpenRoot(rootfs)
 	if err != nil {
 		return nil
 	}
 	defer root.Close()
-	targets := []string{"/proc", "/dev", "/sys"}
-	for _, m := range spec.Mounts {
-		targets = append(targets, m.Target)
-	}
-	var missing []string
-	for _, t := range targets {
-		at := ""
-		for element := range strings.SplitSeq(strings.Trim(path.Clean(t), "/"), "/") {
+	targets := []runtime.Mount{{Target: "/proc"}, {Target: "/dev"}, {Target: "/sys"}}
+	for _, m := range append(targets, spec.Mounts...) {
+		at, whole := "", strings.Trim(path.Clean(m.Target), "/")
+		for element := range strings.SplitSeq(whole, "/") {
 			at = path.Join(at, element)
 			if _, err := root.Lstat(at); errors.Is(err, fs.ErrNotExist) {
-				missing = append(missing, at)
+				stubs = append(stubs, at)
+				keepTimes(root, path.Dir(at), func() { makeStub(root, at, at == whole && ofFile(m)) })
 				break
 			}
 		}
 	}
-	return missing
+	return stubs
+}
+
+// ofFile tells whether a mount shows a file. Secrets are binds by now.
+func ofFile(m runtime.Mount) bool {
+	fi, err := os.Stat(m.Source)
+	return m.Type == "bind" && err == nil && !fi.IsDir()
+}
+
+func makeStub(root *os.Root, at string, file bool) {
+	if !file {
+		_ = root.Mkdir(at, 0o755)
+		return
+	}
+	if f, err := root.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644); err == nil {
+		f.Close()
+	}
+}
+
+// keepTimes changes what is in a folder and leaves the folder its times.
+func keepTimes(root *os.Root, dir string, change func()) {
+	fi, err := root.Stat(dir)
+	change()
+	if err == nil {
+		st := fi.Sys().(*syscall.Stat_t)
+		_ = root.Chtimes(dir, time.Unix(st.Atim.Unix()), fi.ModTime())
+	}
 }
 
 // removeStubs takes the mount targets away again that are still empty: one
@@ -136,7 +162,9 @@ func removeStubs(rootfs string, stubs []string) error {
 	}
 	defer root.Close()
 	for _, s := range stubs {
-		if err := removeEmpty(root, s); err != nil {
+		var err error
+		keepTimes(root, path.Dir(s), func() { err = removeEmpty(root, s) })
+		if err != nil {
 			return fmt.Errorf("take a mount's target away: %w", err)
 		}
 	}

@@ -89,7 +89,7 @@ func runSpec(dir string, spec *runtime.Spec, lifeline bool, exit *runtime.Exit) 
 		return runtime.CodeRuntime, err
 	}
 	// The mounts are this process's own and end with it.
-	stubs := missingTargets(rootfs, spec)
+	stubs := makeStubs(rootfs, spec)
 	config, process, err := configure(rootfs, spec)
 	if err != nil {
 		return runtime.CodeRuntime, err

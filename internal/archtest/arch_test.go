@@ -66,7 +66,7 @@ var onlyTests = map[string]bool{"durable/crashsim": true}
 
 // forTests tells whether a package serves the tests, outside of the storeys.
 func forTests(name string) bool {
-	for _, dir := range []string{"internal/testkit", "internal/teststore", "internal/testbuild", "internal/powercut", "internal/faultcall", "internal/crashtest", "internal/corrupt", "internal/corrupttest", "internal/limittest", "internal/tables", "internal/archtest", "benchmarks", "examples"} {
+	for _, dir := range []string{"internal/testkit", "internal/teststore", "internal/testbuild", "internal/powercut", "internal/faultcall", "internal/crashtest", "internal/corrupt", "internal/corrupttest", "internal/corpustest", "internal/limittest", "internal/tables", "internal/archtest", "benchmarks", "examples"} {
 		if name == dir || strings.HasPrefix(name, dir+"/") {
 			return true
 		}

@@ -60,7 +60,7 @@ func Print(w io.Writer) {
 	for i, s := range storeys {
 		fmt.Fprintf(w, "| %d | `%s` | %s |\n", i, strings.Join(s.packages, "`, `"), s.owns)
 	}
-	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures, `internal/faultcall` lets system calls fail, `internal/powercut` cuts the power of a real file system, `internal/corrupt` damages a store; none of them knows varve; `internal/teststore` opens stores for tests and checks what they leave, `internal/testbuild` has Dockerfiles built in them; `internal/crashtest` and `internal/corrupttest` are the campaigns over a whole store; `internal/tables` writes what they measured into these pages.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
+	fmt.Fprint(w, "\n`internal/testkit` makes real fixtures, `internal/faultcall` lets system calls fail, `internal/powercut` cuts the power of a real file system, `internal/corrupt` damages a store; none of them knows varve; `internal/teststore` opens stores for tests and checks what they leave, `internal/testbuild` has Dockerfiles built in them; `internal/crashtest` and `internal/corrupttest` are the campaigns over a whole store; `internal/corpustest` builds the corpus of Dockerfiles by BuildKit's clients; `internal/tables` writes what they measured into these pages.\n\n## What is never imported, and why\n\n| package | never imports, itself or through others | because |\n|---|---|---|\n")
 	for _, r := range rules {
 		fmt.Fprintf(w, "| `%s` | `%s` | %s |\n", r.from, r.never, r.reason)
 	}
