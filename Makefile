@@ -18,7 +18,7 @@ PACKAGES := gcc libc6-dev pkg-config libseccomp-dev mmdebstrap busybox-static \
 CLIENTS := docker.io podman containerd runc crun
 PEERS   := runc containerd docker.io
 
-.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim soak-builder clean
+.PHONY: all build deps demo test test-clients test-peers buildkit-suite test-race lint powercut crash kill faults barrier dbdamage corrupt heal harduse limits deep online reclaim soak-builder bench-builder clean
 
 all: build
 
@@ -125,6 +125,12 @@ deep online: build
 # containerd where they are installed.
 reclaim: build
 	$(GO) run ./benchmarks/reclaim $(or $(QUESTIONS),rmi sweep df)
+
+# Builds beside BuildKit and docker in one run, ROUNDS times each; or the named
+# WORKLOADS alone.
+bench-builder: build
+	@scripts/install-packages $(PEERS)
+	$(GO) run ./benchmarks/builder -rounds $(or $(ROUNDS),10) $(WORKLOADS)
 
 # BUILDS different builds in a daemon with a cap, beside buildkitd: the heap that
 # lives, the memory of all processes, the store each second. Draws docs/soak.svg.

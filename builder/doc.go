@@ -1,6 +1,6 @@
-// Package builder turns a Dockerfile into an image: BuildKit's frontend makes
-// a graph of operations (LLB), and the solver here carries out what of it is
-// not known yet.
+// Package builder answers BuildKit's requests: a frontend, its own or one in a
+// container, or the client itself makes graphs of operations (LLB), the solver
+// here carries out what of them is not known yet, and exporters write the result.
 //
 // Owns the build cache's records and cachemounts/. It must not know of
 // sockets or terminals.
@@ -25,6 +25,7 @@
 // Crash story: a result is recorded in the publication of its layer or not at
 // all; see package journal.
 //
-// Start reading at build.go, then solve.go, then keys.go, then the operations:
-// source.go, run.go, file.go, and export.go.
+// Start reading at build.go and gateway.go, then solve.go, then keys.go, then the
+// operations: source.go with what it begins from (local.go, http.go, git.go, …),
+// run.go, file.go, and exporter.go.
 package builder
