@@ -31,35 +31,31 @@ type capture struct {
 // witness is an origin that can tell what it brought; it is asked when it has
 // been identified. An origin that is none makes a capture incomplete.
 type witness interface {
-	witness(c *capture) error
+	witness(c *capture)
 }
 
 // captured tells what a reference is made from, as far as it was solved: what
 // is not solved had no sources yet.
-func (r *reference) captured() (*capture, error) {
+func (r *reference) captured() *capture {
 	c := &capture{}
 	if !r.solved() {
-		return c, nil
+		return c
 	}
 	seen := map[digest.Digest]bool{}
-	var walk func(d digest.Digest) error
-	walk = func(d digest.Digest) error {
+	var walk func(d digest.Digest)
+	walk = func(d digest.Digest) {
 		if seen[d] {
-			return nil
+			return
 		}
 		seen[d] = true
 		v := r.graph.vertices[d]
-		if err := c.vertex(r.j, v); err != nil {
-			return err
-		}
+		c.vertex(r.j, v)
 		for _, e := range v.inputs {
-			if err := walk(e.vertex); err != nil {
-				return err
-			}
+			walk(e.vertex)
 		}
-		return nil
 	}
-	return c, walk(r.graph.root.vertex)
+	walk(r.graph.root.vertex)
+	return c
 }
 
 // solved tells whether the result is there.
@@ -70,29 +66,29 @@ func (r *reference) solved() bool {
 	return ok && res.err == nil
 }
 
-func (c *capture) vertex(j *job, v *vertex) error {
+func (c *capture) vertex(j *job, v *vertex) {
 	if exec := v.op.GetExec(); exec != nil {
 		c.exec(exec)
-		return nil
+		return
 	}
 	if v.op.GetSource() == nil {
-		return nil
+		return
 	}
 	j.mu.Lock()
 	s := j.sources[v.digest]
 	j.mu.Unlock()
 	if s == nil {
 		c.incomplete = true
-		return nil
+		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	w, ok := s.origin.(witness)
 	if !ok || s.key == "" {
 		c.incomplete = true
-		return nil
+		return
 	}
-	return w.witness(c)
+	w.witness(c)
 }
 
 func (c *capture) exec(op *pb.ExecOp) {
@@ -113,28 +109,26 @@ func (c *capture) exec(op *pb.ExecOp) {
 }
 
 // witness tells of an image by the name that the definition has for it.
-func (o *imageOrigin) witness(c *capture) error {
+func (o *imageOrigin) witness(c *capture) {
 	p := o.j.platformOf(o.v)
 	d, _, err := o.j.resolve(context.Background(), o.ref, p, o.attrs[pb.AttrImageResolveMode]) // known by now
+	c.incomplete = c.incomplete || err != nil
 	c.addImage(types.ImageSource{Ref: o.ref, Platform: &p, Digest: d})
-	return err
 }
 
-func (o *localOrigin) witness(c *capture) error {
+func (o *localOrigin) witness(c *capture) {
 	c.addLocal(o.name)
-	return nil
 }
 
-func (o *httpOrigin) witness(c *capture) error {
+func (o *httpOrigin) witness(c *capture) {
 	d := o.checksum
 	if d == "" && o.got != nil {
 		d = o.got.Digest
 	}
 	c.addHTTP(types.HTTPSource{URL: o.url, Digest: d})
-	return nil
 }
 
-func (o *gitOrigin) witness(c *capture) error {
+func (o *gitOrigin) witness(c *capture) {
 	url := o.remote
 	if o.ref != "" {
 		url += "#" + o.ref
@@ -152,12 +146,10 @@ func (o *gitOrigin) witness(c *capture) error {
 	if o.agent != "" {
 		c.addSSH(o.agent, true)
 	}
-	return nil
 }
 
-func (o *layoutOrigin) witness(c *capture) error {
+func (o *layoutOrigin) witness(c *capture) {
 	c.addImage(types.ImageSource{Ref: o.ref, Platform: &o.platform, Digest: o.digest, Local: true})
-	return nil
 }
 
 // once tells whether something is new, and where in its list it is.

@@ -387,7 +387,7 @@ func TestGitSecrets(t *testing.T) {
 	if err == nil {
 		_, _, err = checkedOut(t, refused)
 	}
-	if kindOf(err) != errdefs.ErrUnavailable {
+	if !errors.Is(err, errdefs.ErrUnavailable) {
 		t.Error(err)
 	}
 	root := j.b.Root.Path(layout.CacheMountDir)
@@ -461,7 +461,7 @@ func TestGitToken(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := checkedOut(t, o); kindOf(err) != c.kind {
+		if _, _, err := checkedOut(t, o); !errors.Is(kindOf(err), c.kind) {
 			t.Error(c.secrets, err)
 		}
 	}
@@ -583,7 +583,7 @@ func TestGitRefused(t *testing.T) {
 		{"git://example.com/a.git", map[string]string{pb.AttrGitBundle: "b"}, errdefs.ErrNotImplemented, pb.AttrGitBundle},
 	} {
 		_, err := newGitOrigin(j, &vertex{}, &pb.SourceOp{Identifier: c.identifier, Attrs: c.attrs})
-		if kindOf(err) != c.kind || !strings.Contains(fmt.Sprint(err), c.says) {
+		if !errors.Is(kindOf(err), c.kind) || !strings.Contains(fmt.Sprint(err), c.says) {
 			t.Errorf("%s %v: %v", c.identifier, c.attrs, err)
 		}
 	}

@@ -200,9 +200,7 @@ func (c *capture) predicate(req, root *request, target string) (*types.Provenanc
 	told := req.tell(c.sources)
 	if root != nil {
 		// A client that calls no frontend but this one says it once.
-		if r := root.tell(c.sources); !says(r) || r.Equal(told) {
-			root = nil
-		} else {
+		if r := root.tell(c.sources); says(r) && !r.Equal(told) {
 			told.Request.Root = r
 		}
 	}

@@ -286,10 +286,7 @@ func incomplete(c *capture) error {
 // find out what to make: the Dockerfile, the ignore file. What it made for
 // other platforms is left out.
 func (r *reference) origins(res *gwclient.Result, all []exptypes.Platform, key string) (*capture, error) {
-	c, err := r.captured()
-	if err != nil {
-		return nil, err
-	}
+	c := r.captured()
 	visited := map[*reference]bool{r: true}
 	for _, ref := range referencesOf(res) {
 		visited[ref] = true
@@ -301,11 +298,7 @@ func (r *reference) origins(res *gwclient.Result, all []exptypes.Platform, key s
 			continue
 		}
 		visited[ref] = true
-		other, err := ref.captured()
-		if err != nil {
-			return nil, err
-		}
-		c.merge(other)
+		c.merge(ref.captured())
 	}
 	if key != "" {
 		images = imagesFor(images, all, key)

@@ -220,11 +220,7 @@ func (p *producers) find(def *pb.Definition) (*types.RequestProvenance, bool) {
 		if ref.trace == nil || ref.trace.req == nil {
 			continue
 		}
-		c, err := ref.captured()
-		if err != nil {
-			return nil, false
-		}
-		r := ref.trace.req.tell(c.sources)
+		r := ref.trace.req.tell(ref.captured().sources)
 		if found != nil && !found.Equal(r) {
 			return nil, false
 		}
