@@ -221,8 +221,10 @@ func TestResume(t *testing.T) {
 	}
 	whole, err := fsck.Run(t.Context(), fsck.Options{Root: s.dir, Level: layout.Deep})
 	must(t, err)
-	// What is read twice is what was bad and what was under way at the cut.
-	if more := r.Bytes - whole.Bytes; more < 0 || more > total/10 {
+	// What is read twice is what was bad and what was under way at the cut: where
+	// the processor was taken from one reader, what the others read meanwhile.
+	// Half of it all was read before.
+	if more := r.Bytes - whole.Bytes; more < 0 || more > total/4 {
 		t.Errorf("%d bytes in two parts, %d at once", r.Bytes, whole.Bytes)
 	}
 	if r.Files != whole.Files {
