@@ -2,7 +2,6 @@ package corpustest
 
 import (
 	"flag"
-	"hash/fnv"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -134,12 +133,6 @@ func (c *testCase) dress(t *testing.T, xattrs, setup string) {
 			t.Fatalf("setup: %v\n%s", err, out)
 		}
 	}
-	// buildctl tells no directory from another: what it sends is compared, by size
-	// and time, with what another case had. So each has a time of its own, within
-	// the second that is wanted.
-	name := fnv.New32a()
-	_, _ = name.Write([]byte(c.name))
-	own := unix.NsecToTimespec(then.UnixNano() + int64(name.Sum32())%int64(time.Second))
 	err := filepath.WalkDir(c.dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -148,7 +141,8 @@ func (c *testCase) dress(t *testing.T, xattrs, setup string) {
 		if err != nil || !undecided(fi.ModTime()) {
 			return err
 		}
-		return unix.UtimesNanoAt(unix.AT_FDCWD, p, []unix.Timespec{own, own}, unix.AT_SYMLINK_NOFOLLOW)
+		at := []unix.Timespec{unix.NsecToTimespec(then.UnixNano()), unix.NsecToTimespec(then.UnixNano())}
+		return unix.UtimesNanoAt(unix.AT_FDCWD, p, at, unix.AT_SYMLINK_NOFOLLOW)
 	})
 	if err != nil {
 		t.Fatal(err)

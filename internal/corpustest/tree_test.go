@@ -108,12 +108,8 @@ func describe(h *tar.Header, r io.Reader) (*node, error) {
 	n.attrs = fmt.Sprintf("%o %d:%d", h.Mode&0o7777, h.Uid, h.Gid)
 	// BuildKit gives a folder of a context its time, or does not: twice the same
 	// build differs.
-	mtime := h.ModTime
-	if mtime.Truncate(time.Second).Equal(then) {
-		mtime = then // each case has a part of that second for its own
-	}
-	if !undecided(mtime) && !(n.kind == "dir" && mtime.Equal(then)) {
-		n.attrs += mtime.UTC().Format(" 2006-01-02T15:04:05.999999999Z")
+	if !undecided(h.ModTime) && !(n.kind == "dir" && h.ModTime.Equal(then)) {
+		n.attrs += h.ModTime.UTC().Format(" 2006-01-02T15:04:05.999999999Z")
 	}
 	for _, key := range slices.Sorted(maps.Keys(h.PAXRecords)) {
 		if name, ok := strings.CutPrefix(key, "SCHILY.xattr."); ok {
