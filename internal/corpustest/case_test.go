@@ -2,6 +2,7 @@ package corpustest
 
 import (
 	"flag"
+	"hash/fnv"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -19,8 +20,18 @@ var update = flag.Bool("update", false, "write what comes out into the cases")
 
 const corpusDir = "../../builder/testdata/corpus"
 
-// then is when the files of a context were changed that say nothing else.
+// then is when the folders and links of a context were changed that say nothing
+// else.
 var then = time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)
+
+// thenOf is when a file was changed. Another content has another time: what a
+// client has sent under a name before it sends again only where size or time
+// differ, and here all cases send to one daemon.
+func thenOf(content []byte) time.Time {
+	h := fnv.New32a()
+	h.Write(content)
+	return then.Add(time.Duration(h.Sum32()%(365*24*3600)) * time.Second)
+}
 
 // testCase is one build of the corpus.
 type testCase struct {
@@ -59,6 +70,7 @@ func (w *world) lay(t *testing.T, name string) *testCase {
 		t.Fatal(err)
 	}
 	var setup, xattrs string
+	said := map[string][]byte{} // before anything is filled in, which is new each time
 	for _, f := range a.Files {
 		text := string(f.Data)
 		switch f.Name {
@@ -74,9 +86,11 @@ func (w *world) lay(t *testing.T, name string) *testCase {
 			c.varve = text
 		default:
 			write(t, filepath.Join(c.dir, f.Name), c.fill(text))
+			said[filepath.Join(c.dir, f.Name)] = f.Data
 		}
 	}
 	c.dress(t, xattrs, setup)
+	c.age(t, said)
 	return c
 }
 
@@ -114,8 +128,7 @@ func (c *testCase) readArgs(text string) {
 	}
 }
 
-// dress gives the context what only a file system can say, and the times of a
-// checkout long ago to what has none of its own.
+// dress gives the context what only a file system can say.
 func (c *testCase) dress(t *testing.T, xattrs, setup string) {
 	t.Helper()
 	for line := range strings.Lines(xattrs) {
@@ -133,6 +146,11 @@ func (c *testCase) dress(t *testing.T, xattrs, setup string) {
 			t.Fatalf("setup: %v\n%s", err, out)
 		}
 	}
+}
+
+// age gives what has no time of its own one of long ago.
+func (c *testCase) age(t *testing.T, said map[string][]byte) {
+	t.Helper()
 	err := filepath.WalkDir(c.dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -141,8 +159,16 @@ func (c *testCase) dress(t *testing.T, xattrs, setup string) {
 		if err != nil || !undecided(fi.ModTime()) {
 			return err
 		}
-		at := []unix.Timespec{unix.NsecToTimespec(then.UnixNano()), unix.NsecToTimespec(then.UnixNano())}
-		return unix.UtimesNanoAt(unix.AT_FDCWD, p, at, unix.AT_SYMLINK_NOFOLLOW)
+		at := then
+		if d.Type().IsRegular() {
+			data, ok := said[p]
+			if !ok {
+				data = readFile(t, p)
+			}
+			at = thenOf(data)
+		}
+		ts := unix.NsecToTimespec(at.UnixNano())
+		return unix.UtimesNanoAt(unix.AT_FDCWD, p, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW)
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -157,8 +183,12 @@ func (c *testCase) update(t *testing.T, section, text string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.Files = slices.DeleteFunc(a.Files, func(f txtar.File) bool { return f.Name == section })
-	a.Files = append(a.Files, txtar.File{Name: section, Data: []byte(text)})
+	at := slices.IndexFunc(a.Files, func(f txtar.File) bool { return f.Name == section })
+	if at < 0 {
+		at = len(a.Files)
+		a.Files = append(a.Files, txtar.File{Name: section})
+	}
+	a.Files[at].Data = []byte(text)
 	if err := os.WriteFile(c.file, txtar.Format(a), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -98,7 +98,7 @@ func blob(files map[string][]byte, d ocispec.Descriptor) []byte {
 }
 
 func (w *world) descriptor(out *strings.Builder, files map[string][]byte, d ocispec.Descriptor) error {
-	fmt.Fprint(out, "# ", d.MediaType[strings.LastIndex(d.MediaType, ".")+1:])
+	fmt.Fprint(out, "# ", d.MediaType)
 	if d.Platform != nil {
 		fmt.Fprintf(out, " %s/%s", d.Platform.OS, d.Platform.Architecture+strings.TrimSuffix("/"+d.Platform.Variant, "/"))
 	}
@@ -140,6 +140,7 @@ func (w *world) image(out *strings.Builder, files map[string][]byte, m ocispec.M
 		m.Layers = m.Layers[1:]
 	}
 	for _, l := range m.Layers {
+		fmt.Fprintln(out, "# +", l.MediaType)
 		if err := t.apply(blob(files, l)); err != nil {
 			return fmt.Errorf("layer %s: %w", l.Digest, err)
 		}

@@ -23,6 +23,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	syscall.Umask(0o022) // contexts are the same whoever runs the tests
 	code := m.Run()
 	testkit.RemoveBinaries()
 	os.Exit(code)
