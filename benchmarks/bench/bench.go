@@ -149,6 +149,35 @@ func (b *Bench) Registry(ctx context.Context) (*testkit.RegistryServer, error) {
 	return registry, err
 }
 
+// Busybox serves an image with busybox, and returns its name and the registry's
+// address.
+func (b *Bench) Busybox(ctx context.Context) (name, registry string, err error) {
+	server, err := b.Registry(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	image, err := testkit.MakeBusybox()
+	if err == nil {
+		err = image.Push(server.Addr, image.Name)
+	}
+	return server.Ref(image.Name), server.Addr, err
+}
+
+// Peer builds a peer, once per version, and returns the directory of its binaries.
+func Peer(ctx context.Context, name string) (string, error) {
+	dir, err := Output(ctx, nil, "scripts/peer", name)
+	return strings.TrimSpace(dir), err
+}
+
+// Dockerd is the command of a dockerd with everything in a directory and without
+// networks, and how its clients reach it.
+func Dockerd(dir string) (cmd *exec.Cmd, host string) {
+	host = "unix://" + filepath.Join(dir, "sock")
+	return exec.Command("dockerd", "--data-root", filepath.Join(dir, "root"), "--exec-root", filepath.Join(dir, "exec"),
+		"--pidfile", filepath.Join(dir, "pid"), "-H", host, "--storage-driver", "overlay2", "--bridge", "none",
+		"--iptables=false", "--ip6tables=false", "-l", "error"), host
+}
+
 // Sleep waits, or returns the error of ctx.
 func Sleep(ctx context.Context, d time.Duration) error {
 	select {

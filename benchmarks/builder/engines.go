@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 
 	"varve.dev/benchmarks/bench"
 )
@@ -23,11 +22,10 @@ type engine interface {
 
 // startEngines starts varve, and the peers that are there.
 func startEngines(ctx context.Context, b *bench.Bench, command, registry string, peers bool) ([]engine, error) {
-	out, err := bench.Output(ctx, nil, "scripts/peer", "buildkit")
+	bin, err := bench.Peer(ctx, "buildkit")
 	if err != nil {
 		return nil, err
 	}
-	bin := strings.TrimSpace(out)
 	dir, err := b.Mkdir("bin")
 	if err != nil {
 		return nil, err
@@ -105,9 +103,8 @@ func startDocker(ctx context.Context, b *bench.Bench) (engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &docker{"unix://" + filepath.Join(dir, "sock")}
-	cmd := exec.Command("dockerd", "--data-root", filepath.Join(dir, "root"), "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
-		"-H", e.host, "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
+	cmd, host := bench.Dockerd(dir)
+	e := &docker{host}
 	return e, b.Start(ctx, cmd, func() error { return e.run(ctx, "version") })
 }
 

@@ -37,7 +37,6 @@ import (
 	"syscall"
 
 	"varve.dev/benchmarks/bench"
-	"varve.dev/internal/testkit"
 )
 
 func main() {
@@ -69,22 +68,15 @@ func run(ctx context.Context, in, command string, peers bool, rounds int, names 
 		return err
 	}
 	defer func() { err = errors.Join(err, b.End()) }()
-	registry, err := b.Registry(ctx)
+	base, registry, err := b.Busybox(ctx)
 	if err != nil {
 		return err
 	}
-	busybox, err := testkit.MakeBusybox()
+	engines, err := startEngines(ctx, b, command, registry, peers)
 	if err != nil {
 		return err
 	}
-	if err := busybox.Push(registry.Addr, "busybox:latest"); err != nil {
-		return err
-	}
-	engines, err := startEngines(ctx, b, command, registry.Addr, peers)
-	if err != nil {
-		return err
-	}
-	t := &trial{Bench: b, base: registry.Ref("busybox:latest"), engines: engines, rounds: rounds}
+	t := &trial{Bench: b, base: base, engines: engines, rounds: rounds}
 	var rows [][]string
 	for _, w := range chosen {
 		row, err := t.measure(ctx, w)

@@ -196,15 +196,14 @@ type docker struct {
 
 func startDocker(ctx context.Context, b *trial, dir string) (engine, error) {
 	socket := filepath.Join(dir, "sock")
-	e := &docker{root: filepath.Join(dir, "root"), host: "unix://" + socket}
+	daemon, host := bench.Dockerd(dir)
+	e := &docker{root: filepath.Join(dir, "root"), host: host}
 	e.client = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)
 		},
 	}}
-	daemon := exec.Command("dockerd", "--data-root", e.root, "--exec-root", filepath.Join(dir, "exec"), "--pidfile", filepath.Join(dir, "pid"),
-		"-H", e.host, "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false", "--ip6tables=false", "-l", "error")
 	return e, b.Start(ctx, daemon, func() error { return e.call(ctx, http.MethodGet, "/_ping", nil, nil) })
 }
 

@@ -10,14 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/moby/buildkit/client"
 	"github.com/tonistiigi/fsutil"
-	"golang.org/x/sys/unix"
 
-	"varve.dev/internal/testkit"
+	"varve.dev/benchmarks/bench"
 )
 
 // engine is a daemon under test.
@@ -27,8 +25,6 @@ type engine struct {
 	store  string // the directory that is measured
 	debug  http.Client
 	cmd    *exec.Cmd
-	log    testkit.Buffer
-	ended  chan struct{}
 	eye    *eye
 	builds []sample
 }
@@ -38,27 +34,24 @@ type engine struct {
 const cacheShare = 0.9
 
 // startVarve starts varve as its users do, by a configuration file.
-func startVarve(ctx context.Context, dir, bin, registry string, limit int64) (*engine, error) {
+func startVarve(ctx context.Context, b *bench.Bench, dir, bin, registry string, limit int64) (*engine, error) {
 	config := fmt.Sprintf("root = %q\nstate = %q\n[registry]\nplain_http = [%q]\n[gc]\nsize = \"%d\"\ncache = \"%d\"\n[debug]\nlisten = \"unix://%s\"\n",
 		dir+"/store", dir+"/state", registry, limit, int64(cacheShare*float64(limit)), dir+"/debug.sock")
 	e := &engine{name: "varve", addr: "unix://" + dir + "/state/varve.sock", store: dir + "/store"}
-	return e, e.start(ctx, dir, config, bin+"/varve", "--config", dir+"/config.toml", "daemon")
+	return e, e.start(ctx, b, dir, config, bin+"/varve", "--config", dir+"/config.toml", "daemon")
 }
 
 // startBuildkitd starts buildkitd, with the cap in a policy that spares nothing.
-func startBuildkitd(ctx context.Context, dir, bin, registry string, limit int64) (*engine, error) {
+func startBuildkitd(ctx context.Context, b *bench.Bench, dir, bin, registry string, limit int64) (*engine, error) {
 	config := fmt.Sprintf("root = %q\n[grpc]\n  address = [\"unix://%s\"]\n  debugAddress = \"unix://%s\"\n[registry.%q]\n  http = true\n[worker.containerd]\n  enabled = false\n"+
 		"[worker.oci]\n  snapshotter = \"overlayfs\"\n  binary = \"runc\"\n  networkMode = \"host\"\n  gc = true\n[[worker.oci.gcpolicy]]\n  all = true\n  maxUsedSpace = %d\n",
 		dir+"/store", dir+"/sock", dir+"/debug.sock", registry, limit)
 	e := &engine{name: "buildkitd", addr: "unix://" + dir + "/sock", store: dir + "/store"}
-	return e, e.start(ctx, dir, config, bin+"/buildkitd", "--config", dir+"/config.toml")
+	return e, e.start(ctx, b, dir, config, bin+"/buildkitd", "--config", dir+"/config.toml")
 }
 
-// answers is how long a daemon may take to answer, and to end.
-const answers = time.Minute
-
-// start starts the daemon and looks at it until [engine.end].
-func (e *engine) start(ctx context.Context, dir, config string, command ...string) error {
+// start starts the daemon and looks at it, until the bench's end.
+func (e *engine) start(ctx context.Context, b *bench.Bench, dir, config string, command ...string) error {
 	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/config.toml", []byte(config), 0o600)); err != nil {
 		return err
 	}
@@ -66,59 +59,12 @@ func (e *engine) start(ctx context.Context, dir, config string, command ...strin
 		return new(net.Dialer).DialContext(ctx, "unix", dir+"/debug.sock")
 	}}
 	e.cmd = exec.Command(command[0], command[1:]...)
-	e.cmd.Stdout, e.cmd.Stderr = &e.log, &e.log
-	e.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // an interrupt is ours
-	if err := e.cmd.Start(); err != nil {
+	if err := b.Start(ctx, e.cmd, func() error { _, err := e.heap(ctx); return err }); err != nil {
 		return err
 	}
-	e.ended = make(chan struct{})
-	go func() {
-		_ = e.cmd.Wait() // it is told to end; its log says what went wrong
-		close(e.ended)
-	}()
-	for deadline := time.Now().Add(answers); ; time.Sleep(20 * time.Millisecond) {
-		_, err := e.heap(ctx)
-		if err == nil {
-			break
-		}
-		if e.over() || ctx.Err() != nil || time.Now().After(deadline) {
-			return errors.Join(fmt.Errorf("%s does not answer: %w: %s", e.name, err, e.log.String()), e.end())
-		}
-	}
 	e.eye = watch(e)
+	b.AtEnd(func() error { e.eye.end(); return nil })
 	return nil
-}
-
-func (e *engine) over() bool {
-	select {
-	case <-e.ended:
-		return true
-	default:
-		return false
-	}
-}
-
-// end ends the daemon, and unmounts what it leaves mounted.
-func (e *engine) end() error {
-	if e.eye != nil {
-		e.eye.end()
-	}
-	var err error
-	_ = e.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-e.ended:
-	case <-time.After(answers):
-		err = fmt.Errorf("%s did not end and was killed", e.name)
-		_ = syscall.Kill(-e.cmd.Process.Pid, syscall.SIGKILL)
-		<-e.ended
-	}
-	mounts, merr := os.ReadFile("/proc/self/mounts")
-	for line := range strings.Lines(string(mounts)) {
-		if f := strings.Fields(line); len(f) > 1 && strings.HasPrefix(f[1], filepath.Dir(e.store)+"/") {
-			merr = errors.Join(merr, unix.Unmount(f[1], unix.MNT_DETACH))
-		}
-	}
-	return errors.Join(err, merr)
 }
 
 // build builds as buildctl does, on a connection of its own, and takes a sample.
@@ -154,7 +100,7 @@ func (e *engine) build(ctx context.Context, dir, dockerfile string) error {
 	}, status)
 	<-done
 	if err != nil {
-		return fmt.Errorf("%w: %s: %s", err, told.String(), e.log.String())
+		return fmt.Errorf("%w: %s: %s", err, told.String(), e.cmd.Stderr)
 	}
 	took := time.Since(begin)
 	heap, err := e.heap(ctx)

@@ -20,14 +20,12 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 
-	"varve.dev/internal/testkit"
+	"varve.dev/benchmarks/bench"
 )
 
 const mib = 1 << 20
@@ -59,30 +57,19 @@ func main() {
 }
 
 func run(ctx context.Context, o options) (err error) {
-	dir, err := os.MkdirTemp(o.dir, "varve-soak-")
+	b, err := bench.New(o.dir, "varve-soak-")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	registry, err := testkit.StartRegistry(ctx, dir, "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	defer registry.Stop()
-	base, err := testkit.MakeBusybox()
+	var engines []*engine
+	base, registry, err := b.Busybox(ctx)
 	if err == nil {
-		err = base.Push(registry.Addr, base.Name)
+		engines, err = startEngines(ctx, o, b, registry)
 	}
-	if err != nil {
-		return err
-	}
-	engines, err := startEngines(ctx, o, dir, registry.Addr)
 	if err == nil {
-		err = soak(ctx, o, engines, filepath.Join(dir, "context"), registry.Ref(base.Name))
+		err = soak(ctx, o, engines, filepath.Join(b.Dir, "context"), base)
 	}
-	for _, e := range engines {
-		err = errors.Join(err, e.end())
-	}
+	err = errors.Join(err, b.End())
 	if engines = slices.DeleteFunc(engines, func(e *engine) bool { return len(e.builds) == 0 }); len(engines) == 0 {
 		return err
 	}
@@ -94,12 +81,12 @@ func run(ctx context.Context, o options) (err error) {
 }
 
 // startEngines starts varve and then, if it is to be compared, buildkitd.
-func startEngines(ctx context.Context, o options, dir, registry string) (engines []*engine, err error) {
+func startEngines(ctx context.Context, o options, b *bench.Bench, registry string) (engines []*engine, err error) {
 	bin, err := filepath.Abs(o.bin)
 	if err != nil {
 		return nil, err
 	}
-	e, err := startVarve(ctx, filepath.Join(dir, "varve"), bin, registry, o.cap)
+	e, err := startVarve(ctx, b, filepath.Join(b.Dir, "varve"), bin, registry, o.cap)
 	if err != nil {
 		return nil, err
 	}
@@ -107,11 +94,11 @@ func startEngines(ctx context.Context, o options, dir, registry string) (engines
 	if !o.peer {
 		return engines, nil
 	}
-	out, err := exec.CommandContext(ctx, "scripts/peer", "buildkit").Output()
+	peer, err := bench.Peer(ctx, "buildkit")
 	if err != nil {
-		return engines, fmt.Errorf("scripts/peer: %w", err)
+		return engines, err
 	}
-	if e, err = startBuildkitd(ctx, filepath.Join(dir, "buildkit"), strings.TrimSpace(string(out)), registry, o.cap); err == nil {
+	if e, err = startBuildkitd(ctx, b, filepath.Join(b.Dir, "buildkit"), peer, registry, o.cap); err == nil {
 		engines = append(engines, e)
 	}
 	return engines, err
