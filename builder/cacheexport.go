@@ -233,9 +233,12 @@ func (j *job) addRows(ctx context.Context, ref *reference, max bool, rows map[st
 }
 
 // chainLayers are the layers of a tree, the bottom one first.
-type chainLayers []struct {
+type chainLayers []chainLayer
+
+type chainLayer struct {
 	snapshot layout.SnapshotKey
-	diff     layout.DiffID
+	layer    layout.LayerID
+	record   layout.LayerRecord
 }
 
 func (c chainLayers) has(snap layout.SnapshotKey) bool {
@@ -259,10 +262,7 @@ func (j *job) chainOf(ctx context.Context, top layout.SnapshotKey) (out chainLay
 			if err != nil {
 				return err
 			}
-			out = append(out, struct {
-				snapshot layout.SnapshotKey
-				diff     layout.DiffID
-			}{at, rec.DiffID})
+			out = append(out, chainLayer{at, snap.Layer, rec})
 			at = snap.Parent
 		}
 		slices.Reverse(out)
@@ -292,7 +292,7 @@ func (j *job) row(ctx context.Context, key string, chain chainLayers) (layout.Ca
 		return rec, nil
 	}
 	for i, d := range diffs {
-		if chain[i].diff != d {
+		if chain[i].record.DiffID != d {
 			return rec, nil
 		}
 	}

@@ -256,26 +256,13 @@ func (w *writer) addBytes(mediaType string, data []byte) ocispec.Descriptor {
 // chain returns the layers of a chain as blobs, the bottom one first. With an
 // epoch files younger than it get its time, but for the layers of the base.
 func (w *writer) chain(ctx context.Context, top layout.SnapshotKey, epoch *time.Time, base []digest.Digest) ([]*exported, error) {
-	var out []*exported
-	err := w.j.b.DB.View(ctx, func(tx *metadata.Tx) error {
-		out = nil
-		for at := top; at != ""; {
-			snap, err := tx.Snapshots().Get(at)
-			if err != nil {
-				return err
-			}
-			rec, err := tx.Layers().Get(snap.Layer)
-			if err != nil {
-				return err
-			}
-			out = append(out, &exported{key: at, id: snap.Layer, record: rec})
-			at = snap.Parent
-		}
-		slices.Reverse(out)
-		return nil
-	})
+	links, err := w.j.chainOf(ctx, top)
 	if err != nil {
 		return nil, err
+	}
+	var out []*exported
+	for _, l := range links {
+		out = append(out, &exported{key: l.snapshot, id: l.layer, record: l.record})
 	}
 	if err := w.reuse(ctx, out); err != nil {
 		return nil, err
